@@ -20,16 +20,30 @@ With RUNPOD_WEBHOOK_GET_JOB set (RunPod sets it) the same command is the serverl
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import difflib
+import gc
 import importlib
+import io
+import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 
 class Lazy:
@@ -318,21 +332,772 @@ class ModelFiles:
     failed: dict[str, str]  # adapter name -> why it could not be had
 
 
+# stand-in until the downloads land: takes what lies in the store
+def fetch_models(settings: Settings) -> ModelFiles:
+    names = adapter_names(settings.loras)
+    loras = {n: settings.lora_dir / c["filename"] for n, c in zip(names, settings.loras, strict=True)}
+    return ModelFiles(settings.checkpoint_dir / settings.checkpoint["filename"], loras, {})
+
+
+def recorded_sha256(_path: Path) -> str | None:
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # pipeline and LoRAs
+
+# At 1024² an fp16 SDXL with its activations peaks near 11 GiB; "16 GB" cards report between 14.5 and 16 GiB.
+RESIDENT_GPU_BYTES = int(14.5 * GIB)
+UNTILED_PIXELS = 1_500_000
+
+
+# stand-in until the LoRA stack lands
+class LoraStack:
+    def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
+        self.pipe, self.failed, self.applied = pipe, {}, {}
+        for name, file in files.items():
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+
+    def apply(self, scales: Mapping[str, float]) -> bool:
+        if dict(scales) == self.applied:
+            return False
+        self.applied = dict(scales)
+        self.pipe.set_adapters(list(scales), list(scales.values()))
+        return True
+
+
+def compile_unet(pipe: Any, settings: Settings) -> None:
+    pass
+
+
+def load_pipeline() -> Any:
+    """The ready StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU, its LoRA stack merged at the configured
+    scales. `pipe.lora_stack` is the stack, `pipe.scheduler_config` what every job's scheduler is built from.
+
+    Raises SetupFailed (DownloadError where a file could not be had).
+    """
+    settings = Settings.from_environ()
+    files = in_background(fetch_models, settings)  # beside the imports, which take 4-7 s
+    with phase("imports"):
+        device = choose_device(settings)
+        quiet_libraries()
+    models = files.result()
+    with phase("checkpoint and VAE"):
+        pipe = build_pipeline(settings, models.checkpoint, torch.float16 if device == "cuda" else torch.float32)
+    with phase("LoRA files"):
+        pipe.lora_stack = LoraStack(pipe, models.loras)
+        pipe.lora_stack.failed.update(models.failed)
+    with phase("move to %s", device):
+        place(pipe, device)
+    with phase("LoRA stack"):
+        names = adapter_names(settings.loras)
+        pipe.lora_stack.apply({name: config["scale"] for name, config in zip(names, settings.loras, strict=True)})
+    for name, reason in pipe.lora_stack.failed.items():
+        log.warning("LoRA %s is left out: %s", name, reason)
+    if settings.torch_compile:
+        compile_unet(pipe, settings)
+    return pipe
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Future:
+    """The future of function(*args), run in a daemon thread, so that a start that fails can end the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - it is raised again at result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=function.__name__, daemon=True).start()
+    return future
+
+
+@contextmanager
+def phase(what: str, *args: object) -> Iterator[None]:
+    """Logs a phase of the start with its seconds."""
+    started = time.monotonic()
+    yield
+    log.info(f"{what}: %.1f s", *args, time.monotonic() - started)
+
+
+def choose_device(settings: Settings) -> str:
+    """ "cuda", or "cpu" where the settings allow it; raises SetupFailed otherwise."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if settings.allow_cpu:
+        return "cpu"
+    raise SetupFailed(
+        "no CUDA device was found: choose a GPU that CUDA 11.8 supports, or set ALLOW_CPU=1 for a slow run without one",
+        detail=f"torch {torch.__version__}, CUDA {torch.version.cuda}",
+    )
+
+
+def quiet_libraries() -> None:
+    """Progress bars of the libraries' own loading steps would stand between the log's lines."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
+    """The bare checkpoint's pipeline, in host memory."""
+    try:
+        vae = diffusers.AutoencoderKL.from_pretrained(settings.vae_model, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SetupFailed("the VAE could not be loaded: check VAE_MODEL", detail=error) from error
+    try:
+        pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
+            str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise SetupFailed(
+            "the checkpoint could not be loaded: check that CHECKPOINT is an SDXL model, and SDXL_CONFIG",
+            detail=error,
+        ) from error
+    pipe.scheduler_config = pipe.scheduler.config
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
+    return pipe
+
+
+def place(pipe: Any, device: str) -> None:
+    """Everything on the GPU where it fits, else each model only while it works (model CPU offload)."""
+    if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < RESIDENT_GPU_BYTES:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+
+def decode(pipe: Any, latents: Any) -> list[Any]:
+    """Latents (n, 4, h/8, w/8) -> n PIL images.
+
+    An image with NaN or nothing but black is decoded again in float32: fp16 VAEs overflow on some latents, and
+    diffusers would return the black image with a RuntimeWarning only. Raises GenerationFailed where it stays so.
+    """
+    n, _, rows, columns = latents.shape
+    pipe.vae.enable_slicing() if n > 1 else pipe.vae.disable_slicing()
+    pipe.vae.enable_tiling() if rows * columns * 64 > UNTILED_PIXELS else pipe.vae.disable_tiling()
+    pixels = decode_pixels(pipe, latents)
+    bad = is_black(pixels)
+    if bad.any():
+        log.warning("%d of %d images came out black: decoding again in float32", int(bad.sum()), n)
+        dtype = pipe.vae.dtype
+        pipe.vae.to(torch.float32)
+        try:
+            pixels[bad] = decode_pixels(pipe, latents[bad])
+        finally:
+            pipe.vae.to(dtype)
+        if is_black(pixels).any():
+            raise GenerationFailed("the image came out black or with NaN, in float32 too: try another seed or prompt")
+    pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (n, height, width, 3)
+    return [Image.fromarray(image) for image in pixels]
+
+
+def decode_pixels(pipe: Any, latents: Any) -> Any:
+    """Latents (n, 4, h/8, w/8) -> float32 pixels (n, 3, h, w) in 0..1, NaN kept."""
+    config = pipe.vae.config
+    latents = latents.to(pipe.vae.dtype) / config.scaling_factor
+    if config.get("latents_mean") and config.get("latents_std"):
+        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
+        latents = latents * std + mean
+    return pipe.image_processor.denormalize(pipe.vae.decode(latents, return_dict=False)[0]).float()
+
+
+def is_black(pixels: Any) -> Any:
+    """Per image of (n, 3, h, w): whether it holds NaN, or nothing that would show."""
+    return ~(pixels.flatten(1).amax(1) >= 0.5 / 255)  # NaN compares false, and amax hands it on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts
 
+LONG_PROMPT_MODES = ("blend", "concat", "truncate")
+
+
+# stand-in until the prompts land
+def split_lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    return prompt, []
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+    prompt_chunks: int = 1
+    negative_prompt_chunks: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+class PromptEncoder:
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def encode(self, prompt: str, negative_prompt: str, **_: Any) -> Conditioning:
+        a, b, c, d = self.pipe.encode_prompt(prompt, negative_prompt=negative_prompt)
+        return Conditioning(a, b, c, d)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # images
+
+IMAGE_FORMATS = ("png", "jpeg", "webp")
+
+
+# stand-in until the images land
+def encode_images(images: list[Any], image_format: str, _recipes: Any = None) -> list[bytes]:
+    files = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, image_format)
+        files.append(buffer.getvalue())
+    return files
+
+
+def parse_s3_config(_job: Any) -> Bucket | None:
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs
 
+# stand-in until the schedulers land
+SCHEDULERS = {"DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True})}
+DEFAULT_SCHEDULER = "DPM++ 2M Karras"
+
+
+def build_scheduler(name: str, config: Any) -> Any:
+    kind, extra = SCHEDULERS[name]
+    return getattr(diffusers, kind).from_config(config, **extra)
+
+
+MAX_PROMPT = 10_000
+MAX_SEED = 2**32
+REQUIRED = object()
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: short, printable, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a huge integer"  # int -> str refuses more than 4,300 digits
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for a misspelt name: "heigth" -> '; did you mean "height"?'."""
+    lowered = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f'; did you mean "{lowered[close[0]]}"?' if close else ""
+
+
+Check = Callable[[str, Any], Any]
+
+
+def text(low: int, high: int) -> Check:
+    """Text of low to high characters."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise InvalidInput(f"{name} must be text, got {shown(value)}")
+        if not low <= len(value) <= high:
+            raise InvalidInput(f"{name} must have {low:,} to {high:,} characters, got {len(value):,}")
+        return value
+
+    return check
+
+
+def whole(low: int, high: int, multiple_of: int = 1) -> Check:
+    """A whole number from low to high; JSON's true is none."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidInput(f"{name} must be a whole number, got {shown(value)}")
+        if not low <= value <= high:
+            raise InvalidInput(f"{name} must be from {low} to {high}, got {shown(value)}")
+        if value % multiple_of:
+            raise InvalidInput(f"{name} must be a multiple of {multiple_of}, got {value}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A number from low to high; neither true nor NaN."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidInput(f"{name} must be a number, got {shown(value)}")
+        if not low <= value <= high:
+            raise InvalidInput(f"{name} must be from {low:g} to {high:g}, got {shown(value)}")
+        return float(value)
+
+    return check
+
+
+def one_of(choices: Iterable[str]) -> Check:
+    """One of the names."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            raise InvalidInput(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{hint}")
+        return value
+
+    return check
+
+
+def switch(name: str, value: Any) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{name} must be true or false, got {shown(value)}")
+    return value
+
+
+def seed(name: str, value: Any) -> int:
+    """A seed from 0 to 2**32-1; null and -1 draw one."""
+    if value is None or (type(value) is int and value == -1):
+        return secrets.randbelow(MAX_SEED)
+    return whole(0, MAX_SEED - 1)(name, value)
+
+
+def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
+    """[{"name": "a"}] -> [("a", None)], None for the configured scale; null -> None, the configured stack."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise InvalidInput(f'{name} must be a list such as [{{"name": "...", "scale": 1.0}}], got {shown(value)}')
+    return [lora_item(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def lora_item(name: str, item: Any) -> tuple[str, float | None]:
+    """One entry of `loras`."""
+    if not isinstance(item, dict) or "name" not in item:
+        raise InvalidInput(f'{name} must be an object such as {{"name": "...", "scale": 1.0}}, got {shown(item)}')
+    refuse_unknown(item, ("name", "scale"), f"{name}: ")
+    scale = item.get("scale")
+    if scale is not None:
+        scale = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{name}.scale", scale)
+    return text(1, 200)(f"{name}.name", item["name"]), scale
+
+
+def refuse_unknown(given: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
+    """Raises InvalidInput for a field that is not known, and suggests the nearest."""
+    for name in given:
+        if name not in known:
+            raise InvalidInput(f"{where}unknown field {shown(name)}{nearest(str(name), known)}")
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one field of the input is read."""
+
+    check: Check
+    default: Any = REQUIRED
+    also: tuple[str, ...] = ()  # other names that the field is accepted under
+
+
+FIELDS = {
+    "prompt": Field(text(1, MAX_PROMPT)),
+    "negative_prompt": Field(text(0, MAX_PROMPT), ""),
+    "width": Field(whole(256, 2048, multiple_of=8), 1024),
+    "height": Field(whole(256, 2048, multiple_of=8), 1024),
+    "steps": Field(whole(1, 150), 24, also=("num_inference_steps",)),
+    "guidance_scale": Field(number(1, 30), 4.5, also=("cfg_scale",)),
+    "seed": Field(seed, None),
+    "num_images": Field(whole(1, 4), 1, also=("batch_size",)),
+    "scheduler": Field(one_of(SCHEDULERS), DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
+    "clip_skip": Field(whole(1, 12), 2),
+    "long_prompt": Field(one_of(LONG_PROMPT_MODES), "blend"),
+    "loras": Field(lora_list, None),
+    "image_format": Field(one_of(IMAGE_FORMATS), "png"),
+    "embed_metadata": Field(switch, True),
+}
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """A job's input, checked; the field names are the contract's."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    num_images: int
+    scheduler: str
+    clip_skip: int
+    long_prompt: str
+    loras: dict[str, float]  # adapter -> scale, lora tags of the prompt included
+    image_format: str
+    embed_metadata: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed an image: any of them can be made again alone."""
+        return [(self.seed + i) % MAX_SEED for i in range(self.num_images)]
+
+
+def parse_request(raw: Any, settings: Settings) -> JobRequest:
+    """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
+    if not isinstance(raw, dict):
+        raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(raw)} as input')
+    refuse_unknown(raw, [name for key, field in FIELDS.items() for name in (key, *field.also)])
+    values = {name: read_field(name, field, raw) for name, field in FIELDS.items()}
+    warnings = [w for name in ("prompt", "negative_prompt") for w in replace_surrogates(values, name)]
+    values["loras"] = choose_loras(values, settings, warnings)
+    return JobRequest(**values, warnings=tuple(warnings))
+
+
+def read_field(name: str, field: Field, raw: Mapping[str, Any]) -> Any:
+    """The checked value of a field, given under its own name or another of its names, or its default."""
+    given = [key for key in (name, *field.also) if key in raw]
+    if len(given) > 1:
+        raise InvalidInput(f"{given[0]} and {given[1]} are the same field: give one of them")
+    if not given and field.default is REQUIRED:
+        raise InvalidInput(f"{name} is required")
+    return field.check(given[0] if given else name, raw[given[0]] if given else field.default)
+
+
+def replace_surrogates(values: dict[str, Any], name: str) -> list[str]:
+    """Puts U+FFFD where values[name] holds a lone surrogate, which UTF-8 cannot carry; returns the warning."""
+    clean = re.sub("[\ud800-\udfff]", "\ufffd", values[name])
+    changed = clean != values[name]
+    values[name] = clean
+    return [f"{name} held lone surrogates: each was replaced by U+FFFD"] if changed else []
+
+
+def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[str]) -> dict[str, float]:
+    """The job's stack, adapter -> scale: its `loras` or the configured ones, then the prompt's <lora:…> tags."""
+    stack = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
+    known = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()} | {
+        n: n for n in stack
+    }
+    if values["loras"] is None:
+        chosen = {name: config["scale"] for name, config in stack.items()}
+    else:
+        chosen = {}
+        for name, scale in values["loras"]:
+            adapter = known.get(sanitize_name(name))
+            if adapter is None:
+                raise InvalidInput(f"loras: {shown(name)} is not in the stack: {', '.join(stack) or 'it is empty'}")
+            if adapter in chosen:
+                raise InvalidInput(f"loras: {shown(name)} is given twice")
+            chosen[adapter] = stack[adapter]["scale"] if scale is None else scale
+    for name, scale in split_lora_tags(values["prompt"])[1]:
+        adapter = known.get(sanitize_name(name))
+        if adapter is None:
+            warnings.append(f"<lora:{name}> was left out: the stack holds {', '.join(stack) or 'no LoRA'}")
+        else:
+            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
+    return chosen
+
+
+class Observer:
+    """Who wants to follow a job; the RunPod loop's reports progress."""
+
+    def denoising(self) -> None:
+        """The GPU has begun to denoise."""
+
+    def step(self, step: int, steps: int) -> None:
+        """A denoising step was launched; must return at once."""
+
+
+class Timings:
+    """Seconds of a job's phases, each read after the GPU has finished it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = round(time.monotonic() - started, 3)
+
+
+class Worker:
+    """What the process holds for its life: the pipeline, its prompt encoder, and the lock that keeps GPU work of
+    several jobs one after the other."""
+
+    def __init__(self) -> None:
+        self.gpu = threading.Lock()
+        self._loading = threading.Lock()
+        self._ready: tuple[Any, PromptEncoder] | None = None
+
+    def ready(self) -> tuple[Any, PromptEncoder]:
+        """Pipeline and encoder, loaded at the first use. Raises SetupFailed; the next call tries again."""
+        with self._loading:
+            if self._ready is None:
+                pipe = load_pipeline()
+                self._ready = pipe, PromptEncoder(pipe)
+            return self._ready
+
+
+WORKER = Worker()
+
+
+def handler(job: dict[str, Any]) -> dict[str, Any]:
+    """Answers a RunPod job {"id": ..., "input": {...}} with {"images": [...], "seed": ..., "metadata": {...}} or with
+    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads."""
+    return run_job(job, Observer())
+
+
+def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
+    """handler, followed by an observer."""
+    job_id = str(job.get("id", "local")) if isinstance(job, dict) else "local"
+    try:
+        return answer_job(job, job_id, observer)
+    except WorkerError as error:
+        failure = error
+    except Exception as error:
+        failure = explain(error)
+        log.exception("job %s: unexpected failure", job_id)
+    if not isinstance(failure, InvalidInput):
+        failure.__traceback__ = None  # its frames hold the job's tensors
+        free_memory()
+    log.error("job %s: %s: %s (%s)", job_id, failure.code, failure, failure.detail)
+    answer = {"error": str(failure), "code": failure.code}
+    return answer | {"refresh_worker": True} if failure.refresh_worker else answer
+
+
+def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
+    """The one long path: check, load, generate, encode, answer. Raises WorkerError."""
+    # 1. all that can be refused, before anything costs
+    settings = Settings.from_environ()
+    request = parse_request(job.get("input") if isinstance(job, dict) else None, settings)
+    parse_s3_config(job)
+    # 2. the models, where the start has not loaded them
+    pipe, encoder = WORKER.ready()
+    # 3. the GPU's work, one job at a time
+    timings = Timings()
+    with WORKER.gpu, torch.inference_mode():
+        started = time.monotonic()
+        images, conditioning = generate(pipe, encoder, request, timings, observer)
+        metadata = describe(request, settings, pipe.lora_stack, conditioning)
+    # 4. files and addresses, beside the next job's GPU work
+    with timings("images"):
+        files = encode_images(images, request.image_format)
+    metadata |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
+    log.info(
+        "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
+        *(job_id, request.num_images, request.width, request.height, request.seed),
+        *(conditioning.prompt_chunks, conditioning.negative_prompt_chunks),
+        *(metadata["processing_time"], timings.seconds),
+    )
+    return {"images": [base64.b64encode(file).decode() for file in files], "seed": request.seed, "metadata": metadata}
+
+
+DESCRIBED = (
+    *("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seeds", "scheduler"),
+    *("clip_skip", "long_prompt", "image_format"),
+)
+
+
+def describe(request: JobRequest, settings: Settings, stack: LoraStack, conditioning: Conditioning) -> dict[str, Any]:
+    """The answer's metadata, apart from times."""
+    failed = [
+        f"LoRA {name} is not in the picture: {stack.failed[name]}" for name in request.loras if name in stack.failed
+    ]
+    names = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "steps",
+        "guidance_scale",
+        "seeds",
+        "scheduler",
+        "clip_skip",
+    )
+    return {name: getattr(request, name) for name in (*names, "long_prompt", "image_format")} | {
+        "prompt_chunks": conditioning.prompt_chunks,
+        "negative_prompt_chunks": conditioning.negative_prompt_chunks,
+        "model": settings.checkpoint["name"],
+        "model_version": version_id(settings.checkpoint),
+        "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
+        "loras": [{"name": name, "scale": scale} for name, scale in stack.applied.items()],
+        "loras_failed": [{"name": name, "error": reason} for name, reason in stack.failed.items()],
+        "warnings": [*request.warnings, *conditioning.warnings, *failed],
+    }
+
+
+def generate(
+    pipe: Any, encoder: PromptEncoder, request: JobRequest, timings: Timings, observer: Observer
+) -> tuple[list[Any], Conditioning]:
+    """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
+    stack = pipe.lora_stack
+    with timings("loras"):
+        changed = stack.apply(request.loras)
+    if not changed:
+        del timings.seconds["loras"]
+    with timings("encode"):
+        conditioning = encoder.encode(
+            request.prompt,
+            request.negative_prompt,
+            long_prompt=request.long_prompt,
+            clip_skip=request.clip_skip,
+            stack=tuple(sorted(stack.applied.items())),
+            guidance=request.guidance_scale > 1,
+        )
+    observer.denoising()
+    with timings("denoise"):
+        latents = denoise(pipe, request, conditioning, observer)
+    with timings("decode"):
+        images = decode(pipe, latents)
+        pipe.maybe_free_model_hooks()
+    return images, conditioning
+
+
+def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
+    """Latents (num_images, 4, height/8, width/8). Image i is drawn from seeds[i] with a CPU generator of its own."""
+
+    def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        observer.step(step + 1, request.steps)
+        return {}
+
+    pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config)
+    return pipe(
+        prompt_embeds=conditioning.prompt_embeds,
+        negative_prompt_embeds=conditioning.negative_prompt_embeds,
+        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+        negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        num_images_per_prompt=request.num_images,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
+        callback_on_step_end=on_step_end,
+        output_type="latent",
+    ).images
+
+
+def explain(error: Exception) -> WorkerError:
+    """The failure that a client sees for what a library raised."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY_SIGNS):
+        return OutOfMemory("the job did not fit into memory: ask for fewer or smaller images", detail=error)
+    if "CUDA error" in said or gpu_is_lost():
+        return GpuLost("the GPU failed during the job; the worker is being replaced: send the job again", detail=error)
+    return GenerationFailed(f"generating failed with {type(error).__name__}; the worker's log says more", detail=error)
+
+
+# torch raises OutOfMemoryError for its own allocator; the CPU's, cuBLAS's and the driver's say so in words only
+OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def gpu_is_lost() -> bool:
+    """After a CUDA error that is sticky, such as an illegal address, every later call of the process fails too."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.ones(1, device="cuda").item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def free_memory() -> None:
+    """Gives a failed job's memory back, so that the next job finds it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # entry
+
+
+# stand-in until the RunPod loop lands
+def serve_queue() -> None:
+    runpod.serverless.start({"handler": handler})
+
+
+def main() -> None:
+    """The worker loop on RunPod, the SDK's HTTP server for --rp_serve_api, else one job from a file."""
+    configure_logging()
+    if "RUNPOD_WEBHOOK_GET_JOB" in os.environ:
+        serve_queue()
+        return
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints the whole job
+    options, rest = runpod.serverless.parser.parse_known_args()
+    if options.rp_serve_api:
+        runpod.serverless.start({"handler": handler_in_thread})
+        return
+    if not options.test_input:
+        sys.argv[1:] = ["--test_input", read_job_file(rest), *[option for option in sys.argv[1:] if option not in rest]]
+    elif problem := job_problem(options.test_input):
+        sys.exit(f"--test_input {problem}")
+    runpod.serverless.start({"handler": run_and_save})
+
+
+def configure_logging() -> None:
+    """One line per phase on stderr; stdout is for results."""
+    output = logging.StreamHandler()
+    output.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    log.addHandler(output)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # importing runpod sets the root logger up a second time
+
+
+async def handler_in_thread(job: dict[str, Any]) -> dict[str, Any]:
+    """handler for the SDK's HTTP server, which would answer nobody else while a plain function runs."""
+    return await asyncio.to_thread(handler, job)
+
+
+def read_job_file(arguments: list[str]) -> str:
+    """The text of the job file named on the command line, or of test_input.json here or beside handler.py."""
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        sys.exit(f"usage: python handler.py [job.json] [the SDK's options]; cannot make sense of {arguments}")
+    default = Path("test_input.json")
+    file = Path(arguments[0]) if arguments else default if default.is_file() else Path(__file__).with_name(default.name)
+    try:
+        job = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{file} cannot be read: {error}")
+    if problem := job_problem(job):
+        sys.exit(f"{file} {problem}")
+    return job
+
+
+def job_problem(job: str) -> str:
+    """What keeps a text from being a job, "" where nothing does; the SDK would end with a traceback."""
+    try:
+        parsed = json.loads(job)
+    except ValueError as error:
+        return f"is not valid JSON: {error}"
+    return "" if isinstance(parsed, dict) and "input" in parsed else 'must hold {"input": {"prompt": "..."}}'
+
+
+def run_and_save(job: dict[str, Any]) -> dict[str, Any]:
+    """handler for a local run: saves the images to OUTPUT_DIR, prints where and the metadata."""
+    answer = handler(job)
+    if "error" in answer:
+        return answer
+    saved = save_images(answer, Settings.from_environ().output_dir)
+    print(json.dumps(answer["metadata"], indent=2, ensure_ascii=False))
+    print("\n".join(saved))
+    return {"images": saved}
+
+
+def save_images(answer: Mapping[str, Any], folder: Path) -> list[str]:
+    """Writes the answer's images, named by time and seed; addresses of uploaded images come back as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp, saved = time.strftime("%Y%m%d-%H%M%S"), []
+    for image, image_seed in zip(answer["images"], answer["metadata"]["seeds"], strict=True):
+        if not image.startswith(("http://", "https://")):
+            file = folder / f"{stamp}-{image_seed}.{answer['metadata']['image_format']}"
+            file.write_bytes(base64.b64decode(image))
+            image = str(file)
+        saved.append(image)
+    return saved
+
+
+if __name__ == "__main__":
+    main()
