@@ -445,6 +445,8 @@ def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
         vae = diffusers.AutoencoderKL.from_pretrained(settings.vae_model, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise SetupFailed("the VAE could not be loaded: check VAE_MODEL", detail=error) from error
+    if vae.config.force_upcast:  # the original SDXL VAE overflows in float16
+        vae.float()
     try:
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
             str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
@@ -475,7 +477,7 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
     """
     n, _, rows, columns = latents.shape
     pipe.vae.enable_slicing() if n > 1 else pipe.vae.disable_slicing()
-    pipe.vae.enable_tiling() if rows * columns * 64 > UNTILED_PIXELS else pipe.vae.disable_tiling()
+    pipe.vae.enable_tiling() if rows * columns * pipe.vae_scale_factor**2 > UNTILED_PIXELS else pipe.vae.disable_tiling()
     pixels = decode_pixels(pipe, latents)
     bad = is_black(pixels)
     if bad.any():
@@ -499,7 +501,9 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
         latents = latents * std + mean
-    return pipe.image_processor.denormalize(pipe.vae.decode(latents, return_dict=False)[0]).float()
+    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    pixels = pixels.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)  # the clamp to 0..1 would hide overflow
+    return pipe.image_processor.denormalize(pixels).float()
 
 
 def is_black(pixels: Any) -> Any:
@@ -813,10 +817,10 @@ class Timings:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str, gpu: bool = True) -> Iterator[None]:
         started = time.monotonic()
         yield
-        if torch.cuda.is_available():
+        if gpu and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[name] = round(time.monotonic() - started, 3)
 
@@ -881,7 +885,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         images, conditioning = generate(pipe, encoder, request, timings, observer)
         metadata = describe(request, settings, pipe.lora_stack, conditioning)
     # 4. files and addresses, beside the next job's GPU work
-    with timings("images"):
+    with timings("images", gpu=False):
         files = encode_images(images, request.image_format)
     metadata |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
     log.info(
