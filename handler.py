@@ -475,19 +475,13 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
     An image with NaN or nothing but black is decoded again in float32: fp16 VAEs overflow on some latents, and
     diffusers would return the black image with a RuntimeWarning only. Raises GenerationFailed where it stays so.
     """
-    n, _, rows, columns = latents.shape
-    pipe.vae.enable_slicing() if n > 1 else pipe.vae.disable_slicing()
-    pipe.vae.enable_tiling() if rows * columns * pipe.vae_scale_factor**2 > UNTILED_PIXELS else pipe.vae.disable_tiling()
+    pipe.vae.use_slicing = len(latents) > 1
+    pipe.vae.enable_tiling(latents[0, 0].numel() * pipe.vae_scale_factor**2 > UNTILED_PIXELS)
     pixels = decode_pixels(pipe, latents)
     bad = is_black(pixels)
     if bad.any():
-        log.warning("%d of %d images came out black: decoding again in float32", int(bad.sum()), n)
-        dtype = pipe.vae.dtype
-        pipe.vae.to(torch.float32)
-        try:
-            pixels[bad] = decode_pixels(pipe, latents[bad])
-        finally:
-            pipe.vae.to(dtype)
+        log.warning("%d of %d images came out black: decoding again in float32", bad.sum(), len(bad))
+        pixels[bad] = decode_in_float32(pipe, latents[bad])
         if is_black(pixels).any():
             raise GenerationFailed("the image came out black or with NaN, in float32 too: try another seed or prompt")
     pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (n, height, width, 3)
@@ -504,6 +498,16 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
     pixels = pipe.vae.decode(latents, return_dict=False)[0]
     pixels = pixels.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)  # the clamp to 0..1 would hide overflow
     return pipe.image_processor.denormalize(pixels).float()
+
+
+def decode_in_float32(pipe: Any, latents: Any) -> Any:
+    """decode_pixels with the VAE in float32 for this once; float16 -> float32 -> float16 loses nothing."""
+    dtype = pipe.vae.dtype
+    pipe.vae.to(torch.float32)
+    try:
+        return decode_pixels(pipe, latents)
+    finally:
+        pipe.vae.to(dtype)
 
 
 def is_black(pixels: Any) -> Any:
