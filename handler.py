@@ -164,7 +164,7 @@ class Settings:
         on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in environ
         store = Path(environ.get("MODEL_CACHE_DIR") or default_model_dir())
         return cls(
-            civitai_api_key=environ.get("CIVITAI_API_KEY", ""),
+            civitai_api_key=parse_key(environ.get("CIVITAI_API_KEY", "")),
             civitai_base_url=parse_base_url(environ.get("CIVITAI_BASE_URL") or CIVITAI),
             checkpoint_dir=Path(environ.get("CHECKPOINT_DIR") or store / "checkpoints"),
             lora_dir=Path(environ.get("LORA_DIR") or store / "loras"),
@@ -209,6 +209,15 @@ def parse_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
     if text:
         raise SetupFailed(f"{name} must be 1 or 0, got {text!r}")
     return default
+
+
+def parse_key(text: str) -> str:
+    """The Civitai key, fit for a header: the error of an HTTP library would quote it."""
+    if not re.fullmatch(r"[\x21-\x7e]*", text):
+        raise SetupFailed(
+            "CIVITAI_API_KEY must be one word of plain ASCII; copy it again from your Civitai account page"
+        )
+    return text
 
 
 def parse_base_url(text: str) -> str:
@@ -1036,6 +1045,7 @@ def main() -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints the whole job
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
+        in_background(WORKER.ready)  # the first request waits for it, and is told where it failed
         runpod.serverless.start({"handler": handler_in_thread})
         return
     if not options.test_input:

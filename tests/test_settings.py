@@ -99,6 +99,7 @@ def test_stack_settings(monkeypatch):
         ("JOBS_IN_FLIGHT", "1.5", "got '1.5'"),
         ("ALLOW_CPU", "maybe", "ALLOW_CPU must be 1 or 0, got 'maybe'"),
         ("CIVITAI_BASE_URL", "civitai.com", "CIVITAI_BASE_URL must be an address such as https://civitai.com"),
+        ("CIVITAI_API_KEY", "two words", "CIVITAI_API_KEY must be one word"),
         ("BUCKET_ENDPOINT_URL", "http://x", "missing: BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY"),
     ],
 )
