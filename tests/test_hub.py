@@ -174,8 +174,13 @@ def test_tests_have_the_published_fields():
 
 
 def test_jobs_of_the_listing_are_jobs_of_the_worker(settings_of):
-    """The worker accepts every test case as it stands, under the test machine's settings."""
+    """The worker accepts every test case as it stands, under the test machine's settings.
+
+    RunPod fills {{ RUNPOD_SECRET_name }} in: https://docs.runpod.io/pods/templates/environment-variables
+    """
     tests = load("tests.json")
-    settings = settings_of({entry["key"]: entry["value"] for entry in tests["config"]["env"]})
+    variables = {entry["key"]: entry["value"] for entry in tests["config"]["env"]}
+    assert variables["CIVITAI_API_KEY"] == "{{ RUNPOD_SECRET_CIVITAI_API_KEY }}"
+    settings = settings_of({**variables, "CIVITAI_API_KEY": "0123456789abcdef"})
     for case in tests["tests"]:
         assert handler.parse_request(case["input"], settings).prompt == case["input"]["prompt"]
