@@ -286,7 +286,7 @@ class WorkerError(Exception):
 
     def __init__(self, message: str, *, detail: object = None) -> None:
         super().__init__(message)
-        self.detail = detail
+        self.detail = "" if detail is None else str(detail)  # not the exception: its frames hold a job's tensors
 
 
 class InvalidInput(WorkerError):

@@ -1,0 +1,106 @@
+"""The command line, as a user runs it: real processes on the tiny model world."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"prompt": "a cat", "width": 256, "height": 256, "steps": 2, "seed": 7, "num_images": 2}
+# a line of ours, of the SDK, or of what it prints for us
+LOG_LINE = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING|ERROR) ")
+
+
+@pytest.fixture
+def run(world, civitai, tmp_path):
+    """Runs `python handler.py` with arguments in an empty folder of its own."""
+
+    def run_handler(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **world.environ(civitai.url), **environ}
+        command = [sys.executable, str(ROOT / "handler.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    return run_handler
+
+
+def printed_metadata(stdout: str) -> dict:
+    return json.JSONDecoder().raw_decode(stdout[stdout.index("\n{\n") + 1 :])[0]
+
+
+def test_job_file(run, tmp_path):
+    """`python handler.py job.json` saves the images to OUTPUT_DIR, prints where and the metadata, and is quiet."""
+    (tmp_path / "job.json").write_text(json.dumps({"input": SMALL}))
+    done = run("job.json", OUTPUT_DIR="pictures")
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [Image.open(file).size for file in files] == [(256, 256)] * 2
+    assert all(f"pictures/{file.name}" in done.stdout for file in files)
+    metadata = printed_metadata(done.stdout)
+    assert metadata["seeds"] == [7, 8] and metadata["loras_failed"] == []
+    strange = [line for line in done.stderr.splitlines() if not LOG_LINE.match(line)]
+    assert strange == []
+    assert not re.search("warn", done.stdout.replace('"warnings": []', ""), re.IGNORECASE)
+
+
+def test_test_input(run, tmp_path):
+    """--test_input runs a job from the command line; the SDK's other options go on working."""
+    done = run("--rp_log_level", "ERROR", "--test_input", json.dumps({"input": {**SMALL, "num_images": 1}}))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "output").iterdir())) == 1
+    assert "INFO   | " not in done.stdout.replace("INFO   | Log level set to ERROR", "")
+
+
+def test_failures_exit_with_1_and_a_sentence(run, tmp_path):
+    """A refused job, an unreadable file and unusable models each end with exit code 1 and a sentence."""
+    refused = run("--test_input", '{"input": {"prompt": "a", "width": 1023}}')
+    assert refused.returncode == 1 and "width must be a multiple of 8, got 1023" in refused.stdout
+    (tmp_path / "bad.json").write_text('{"input": ')
+    for arguments, sentence in [
+        (("bad.json",), "bad.json is not valid JSON"),
+        (("absent.json",), "absent.json cannot be read"),
+        (("--test_input", "[]"), '--test_input must hold {"input"'),
+        (("a.json", "b.json"), "usage: python handler.py"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+    unusable = run("--test_input", json.dumps({"input": SMALL}), VAE_MODEL=str(tmp_path))
+    assert unusable.returncode == 1 and "check VAE_MODEL" in unusable.stdout
+    assert str(tmp_path) not in unusable.stdout
+
+
+def test_local_http_server(world, civitai, tmp_path):
+    """--rp_serve_api answers a POST to /runsync with the images, and bad input with its sentence."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **world.environ(civitai.url)}
+    command = [sys.executable, str(ROOT / "handler.py"), "--rp_serve_api", "--rp_api_port", str(port)]
+    server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        good = post(port, {"input": SMALL})
+        assert good["status"] == "COMPLETED" and len(good["output"]["images"]) == 2
+        bad = post(port, {"input": {**SMALL, "stesp": 1}})
+        assert bad["status"] == "FAILED" and 'did you mean "steps"' in bad["error"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+
+
+def post(port: int, job: dict) -> dict:
+    """POST /runsync, from the moment that the server listens."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return requests.post(f"http://localhost:{port}/runsync", json=job, timeout=60).json()
+        except requests.ConnectionError:
+            assert time.monotonic() < deadline, "the server never listened"
+            time.sleep(0.2)

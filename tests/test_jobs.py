@@ -1,0 +1,232 @@
+"""handler(job) on the tiny model world: answers, pictures, failures."""
+
+import base64
+import io
+import json
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import handler
+
+SMALL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 256, "steps": 2, "seed": 7}
+ANSWER = {"images", "seed", "metadata"}
+METADATA = {
+    *("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seeds", "scheduler", "clip_skip"),
+    *("long_prompt", "prompt_chunks", "negative_prompt_chunks", "image_format", "model", "vae", "loras"),
+    *("loras_failed", "warnings", "processing_time", "timings", "model_version"),
+}
+
+
+def answer(**fields) -> dict:
+    """The worker's answer to SMALL with other fields; strict JSON, or the test fails here."""
+    reply = handler.handler({"id": "test", "input": {**SMALL, **fields}})
+    return json.loads(json.dumps(reply, allow_nan=False))
+
+
+def pictures(**fields) -> list[np.ndarray]:
+    reply = answer(**fields)
+    assert "error" not in reply, reply
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(image))), dtype=int) for image in reply["images"]]
+
+
+@pytest.fixture
+def broken(pipe):
+    """Breaks a module of the pipeline for one test: broken(pipe.unet, error) raises it at every forward."""
+    hooks = []
+
+    def break_module(module: torch.nn.Module, error: BaseException) -> None:
+        def fail(*_args):
+            raise error
+
+        hooks.append(module.register_forward_pre_hook(fail))
+
+    yield break_module
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def forwards(pipe):
+    """Counts the forwards of the UNet and the text encoders."""
+    counts = {"unet": 0, "text_encoder": 0, "text_encoder_2": 0}
+
+    def count(name):
+        def hook(*_args):
+            counts[name] += 1
+
+        return hook
+
+    hooks = [getattr(pipe, name).register_forward_pre_hook(count(name)) for name in counts]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def test_answer(pipe):
+    """The answer holds the contract's keys, no others, and a PNG of the size asked for, without a data: prefix."""
+    reply = answer(width=320)
+    assert set(reply) == ANSWER and set(reply["metadata"]) == METADATA
+    image = Image.open(io.BytesIO(base64.b64decode(reply["images"][0], validate=True)))
+    assert (image.format, image.size, image.mode) == ("PNG", (320, 256), "RGB")
+    metadata = reply["metadata"]
+    assert reply["seed"] == 7 and metadata["seeds"] == [7] and metadata["model_version"] == "1590699"
+    assert {lora["name"]: lora["scale"] for lora in metadata["loras"]} == {
+        name: config["scale"]
+        for name, config in zip(handler.adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
+    }
+    assert set(metadata["timings"]) == {"encode", "denoise", "decode", "images"}
+    assert metadata["loras_failed"] == metadata["warnings"] == []
+
+
+def test_seeds(pipe):
+    """The same seed gives the same bytes, another seed another picture; image i of a batch is seed + i made alone."""
+    first, again, other = answer()["images"], answer()["images"], answer(seed=8)["images"]
+    assert first == again and first != other
+    for batched, seed in zip(pictures(num_images=3, seed=2**32 - 2), (2**32 - 2, 2**32 - 1, 0), strict=True):
+        assert np.abs(batched - pictures(seed=seed)[0]).max() <= 2  # batching changes the last bits, FACTS.md
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_last_word_counts(pipe, field):
+    """A word in the last chunk of a prompt of over 150 tokens changes the picture, in both prompts."""
+    long = "red brick house by the sea, " * 30
+    there, gone = pictures(**{field: long + "lightning"})[0], pictures(**{field: long + "kitten"})[0]
+    assert np.abs(there - gone).max() > 0
+
+
+def test_fields_that_change_the_picture(pipe):
+    """Prompt, negative prompt, guidance, steps, scheduler, clip_skip and stack each change the picture."""
+    plain = answer()["images"]
+    for field in (
+        *({"prompt": "a cat"}, {"negative_prompt": "fog"}, {"guidance_scale": 9}, {"steps": 3}),
+        *({"scheduler": "Euler a"}, {"clip_skip": 3}, {"loras": []}),
+    ):
+        assert answer(**field)["images"] != plain, field
+    assert answer()["images"] == plain
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        *(None, [], "x", {}, {"input": None}, {"input": {}}, {"input": {**SMALL, "width": 1023}}),
+        {"input": {**SMALL, "loras": [{"name": "x"}]}},
+    ],
+)
+def test_bad_input_runs_nothing(pipe, forwards, job):
+    """Bad input is INVALID_INPUT with a sentence, before any encoder or UNet forward."""
+    reply = handler.handler(job)
+    assert set(reply) == {"error", "code"} and reply["code"] == "INVALID_INPUT" and len(reply["error"]) > 10
+    assert not any(forwards.values())
+
+
+def test_guidance_of_1_skips_the_negative_prompt(pipe, forwards):
+    """With guidance_scale 1 the UNet sees a batch of one; more guidance doubles it."""
+    sizes = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    pictures(guidance_scale=1)
+    pictures(guidance_scale=2)
+    hook.remove()
+    assert sizes == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "refresh"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "OUT_OF_MEMORY", False),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "OUT_OF_MEMORY",
+            False,
+        ),
+        (MemoryError(), "OUT_OF_MEMORY", False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "GENERATION_FAILED", True),
+        (RuntimeError("no such thing at /root/secret/place.py"), "GENERATION_FAILED", False),
+        (KeyError("x"), "GENERATION_FAILED", False),
+    ],
+)
+def test_failures_are_answered(pipe, broken, error, code, refresh):
+    """Whatever the UNet raises becomes the right code, without path or traceback; the next job works."""
+    broken(pipe.unet, error)
+    reply = answer()
+    assert reply["code"] == code and reply.get("refresh_worker", False) is refresh
+    assert "/root" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
+    for hook in list(pipe.unet._forward_pre_hooks):
+        pipe.unet._forward_pre_hooks.pop(hook)
+    assert len(pictures()) == 1
+
+
+def test_failure_frees_memory(pipe, monkeypatch):
+    """After a failed job nothing holds its tensors any more."""
+    monkeypatch.setattr(handler.log, "propagate", False)  # pytest keeps every log record, with its traceback
+
+    class Probe(RuntimeError):
+        pass
+
+    born = []
+
+    def remember(_module, args):
+        born.append(weakref.ref(args[0]))
+        raise Probe("in the middle of a job")
+
+    hook = pipe.unet.register_forward_pre_hook(remember)
+    assert answer()["code"] == "GENERATION_FAILED"
+    hook.remove()
+    assert born and born[0]() is None
+
+
+def test_black_and_nan_images(pipe):
+    """An image with NaN, or nothing but black, is GENERATION_FAILED, never an answer; the next job works."""
+    bias = pipe.vae.decoder.conv_out.bias
+    good = bias.detach().clone()
+    for poison in (float("nan"), -1e6, float("inf")):
+        with torch.no_grad():
+            bias.fill_(poison)
+        reply = answer()
+        assert reply["code"] == "GENERATION_FAILED" and "black" in reply["error"]
+        with torch.no_grad():
+            bias.copy_(good)
+    assert len(pictures()) == 1
+
+
+def test_overflow_in_half_precision_is_decoded_again(pipe):
+    """Latents on which the VAE overflows in float16 are decoded again in float32, to the picture float32 gives."""
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.13
+    conv, loud = pipe.vae.post_quant_conv, latents.clone()
+    weight, dtype = conv.weight.detach().clone(), pipe.vae.dtype
+    with torch.inference_mode(False), torch.no_grad():
+        conv.weight.mul_(3e4)
+        expected = handler.decode(pipe, loud)
+        pipe.vae.to(torch.float16)
+        assert handler.is_black(handler.decode_pixels(pipe, loud)).all()
+        found = handler.decode(pipe, loud)
+        assert pipe.vae.dtype == torch.float16
+        pipe.vae.to(dtype)
+        conv.weight.copy_(weight)
+    for a, b in zip(expected, found, strict=True):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 3
+
+
+def test_gpu_work_is_one_after_the_other(pipe):
+    """Two jobs at once never interleave their UNet forwards."""
+    order = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _module, _args: order.append(threading.get_ident()))
+    threads = [threading.Thread(target=answer, kwargs={"seed": seed, "steps": 4}) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+    assert len(order) == 8 and len(set(order[:4])) == len(set(order[4:])) == 1
+
+
+def test_tiling_and_slicing(pipe):
+    """The VAE tiles above 1.5 megapixels and slices batches, and only then."""
+    answer(width=1232, height=1224, steps=1)
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    answer(num_images=2, steps=1)
+    assert not pipe.vae.use_tiling and pipe.vae.use_slicing
