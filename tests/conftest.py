@@ -1,0 +1,48 @@
+"""Fixtures that all tests share: the model world, a Civitai-like server, and an environment that nothing leaks into."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+CACHE = TESTS / ".cache"
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+SETTINGS = re.compile(
+    r"(CIVITAI|HF|HUGGINGFACE|RUNPOD|BUCKET|AWS|SDXL|VAE|CHECKPOINT|LORA|TORCH_COMPILE|OUTPUT|MODEL)_?.*"
+    r"|LORAS|MAX_RESPONSE_MB|JOBS_IN_FLIGHT|ALLOW_CPU|.*_proxy|.*_PROXY"
+)
+for name in filter(SETTINGS.fullmatch, list(os.environ)):
+    del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test starts in an empty folder of its own; what it sets is undone."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def world() -> World:  # noqa: F821
+    """The tiny model world, written once and cached below tests/.cache."""
+    import torch
+    from world import build_world
+
+    torch.set_num_threads(1)
+    return build_world(CACHE)
+
+
+@pytest.fixture
+def civitai(world: World) -> Iterator[CivitaiServer]:  # noqa: F821
+    """A server with the world's files, without faults and with no requests seen."""
+    from civitai_server import CivitaiServer
+    from world import API_KEY
+
+    with CivitaiServer(world.files, key=API_KEY) as server:
+        yield server
