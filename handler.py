@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import difflib
 import gc
 import importlib
@@ -32,7 +33,9 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,6 +61,7 @@ class Lazy:
 
 
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
+aiohttp = Lazy("aiohttp")
 
 log = logging.getLogger("worker")
 
@@ -1031,9 +1035,298 @@ def free_memory() -> None:
 # entry
 
 
-# stand-in until the RunPod loop lands
+POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
+LAST_POLL_S = 3  # how long an idle worker's open poll outlives SIGTERM
+ANSWER_TRY_S, ANSWER_RETRY_S = 30, 120  # one post of an answer; all of them
+PROGRESS_S, LAST_PROGRESS_S = 1, 2  # between updates; for the last one before the answer
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def serve_queue() -> None:
-    runpod.serverless.start({"handler": handler})
+    """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
+    os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole jobs
+    with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
+        start_heartbeat(state)
+        loop = JobLoop(run_job, in_background(set_up))
+        take_over(load_sdk(state), loop)
+        runpod.serverless.start({"handler": handler})
+
+
+def start_heartbeat(state: str) -> None:
+    """The SDK's heartbeat in a process that ends with this one, forked while there are no threads, models or CUDA.
+
+    SDK 1.7.13 forks it after the models were loaded, and it outlives a kill -9, pinging the dead job's id for ever.
+    """
+    worker = os.getpid()
+    if os.fork():
+        return
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == worker:
+            load_sdk(state).rp_ping.Heartbeat().ping_loop()
+    finally:
+        os._exit(1)
+
+
+def load_sdk(state: str) -> Any:
+    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`.
+
+    SDK 1.7.13 keeps them in the working directory: a worker killed there waits for its dead jobs for ever.
+    """
+    modules = runpod.serverless.modules
+    in_progress = modules.worker_state.JobsProgress
+    in_progress._STATE_DIR, in_progress._STATE_FILE = state, f"{state}/.runpod_jobs.pkl"
+    set.clear(in_progress())  # what the import found in the working directory
+    return modules
+
+
+def take_over(sdk: Any, loop: JobLoop) -> None:
+    """Makes the SDK's start() run our loop, without a second heartbeat."""
+
+    class Scaler(sdk.rp_scale.JobScaler):
+        def start(self) -> None:
+            asyncio.run(loop.serve())
+
+    sdk.rp_scale.JobScaler = Scaler
+    sdk.rp_ping.Heartbeat._process_started = True
+
+
+def set_up() -> int:
+    """Makes the worker ready, or raises WorkerError; returns how many jobs it may hold."""
+    settings = Settings.from_environ()
+    pipe, encoder = WORKER.ready()
+    with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
+        side = 1024 if torch.cuda.is_available() else 256
+        request = parse_request({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
+        images, _ = generate(pipe, encoder, request, Timings(), Observer())
+    encode_images(images, request.image_format)
+    return settings.jobs_in_flight
+
+
+class JobLoop:
+    """Takes jobs from RunPod's queue, runs each in a thread and posts its answer, beside the next one.
+
+    The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once from under a
+    free worker's nose when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
+    without "input", and gives an answer up at the first reset. Its HTTP session, addresses and heartbeat stay in use.
+
+    run answers a job in a thread; set_up's result is how many jobs may be held, from taking one to its answer's post.
+    """
+
+    def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], set_up: Future) -> None:
+        self.run, self.set_up, self.limit = run, set_up, 1
+        self.held: set[asyncio.Task] = set()
+        self.waiting: set[str] = set()  # the ids of jobs whose denoising is still to come
+        self.changed = asyncio.Event()
+        self.stopping = False
+        self.poll: asyncio.Task | None = None
+
+    async def serve(self) -> None:
+        """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
+        self.loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.on_signal)
+        await self.be_ready()
+        async with runpod.http_client.AsyncClientSession() as self.session:
+            while await self.may_ask():
+                self.poll = self.loop.create_task(self.take_job())
+                await asyncio.wait([self.poll])
+                if not self.poll.cancelled() and (job := self.poll.result()):
+                    self.hold(job)
+            await asyncio.gather(*self.held)
+
+    async def be_ready(self) -> None:
+        """Waits for set_up. Where it failed, jobs are answered with the reason instead of waiting for their time-out
+        of up to 24 h."""
+        try:
+            self.limit = await asyncio.wrap_future(self.set_up)
+            return
+        except WorkerError as error:
+            failure = error
+        except Exception as error:
+            log.exception("unexpected failure of the start")
+            failure = SetupFailed("the worker could not be made ready; its log says more", detail=error)
+        log.error("the start failed: %s (%s)", failure, failure.detail)
+        answer = {"error": str(failure), "code": SetupFailed.code, "refresh_worker": True}
+        self.run = lambda *_: answer
+
+    def on_signal(self) -> None:
+        """SIGTERM: nothing new is asked for, and a job that the open poll still brings is run. The poll stays open for
+        a moment, and while a job runs."""
+        if not self.set_up.done():
+            os._exit(0)  # the thread that loads the models cannot be stopped
+        log.info("asked to stop with %d jobs held", len(self.held))
+        self.stop()
+        self.last_poll = self.loop.create_task(self.close_last_poll())
+
+    def stop(self) -> None:
+        """Asks for nothing new."""
+        self.stopping = True
+        self.changed.set()
+
+    async def close_last_poll(self) -> None:
+        await asyncio.sleep(LAST_POLL_S)
+        while self.held:
+            await asyncio.wait(self.held)
+        if self.poll:
+            self.poll.cancel()
+
+    async def may_ask(self) -> bool:
+        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
+        the GPU here that a free worker could start."""
+        while not self.stopping and (self.waiting or len(self.held) >= self.limit):
+            self.changed.clear()
+            await self.changed.wait()
+        return not self.stopping
+
+    async def take_job(self) -> dict[str, Any] | None:
+        """One long poll; None where it brought no job. RunPod answers 204 for none, 400 around FlashBoot."""
+        pause = 1.0
+        address, timeout = runpod.serverless.modules.rp_job._job_get_url(), aiohttp.ClientTimeout(total=POLL_S)
+        try:
+            async with self.session.get(address, timeout=timeout) as response:
+                if response.status == 200:
+                    return parse_job(await response.read())
+                if response.status not in (204, 400):
+                    log.warning("asking for a job: HTTP %d", response.status)
+                pause = {204: 0.1, 400: 0.1, 429: 5.0}.get(response.status, pause)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("asking for a job: %s", type(error).__name__)
+        await asyncio.sleep(pause)
+        return None
+
+    def hold(self, job: dict[str, Any]) -> None:
+        """Begins with a job, in a task of its own."""
+        self.waiting.add(job["id"])
+        task = self.loop.create_task(self.do(job))
+        self.held.add(task)
+        task.add_done_callback(self.held.discard)
+        task.add_done_callback(lambda _: self.changed.set())
+
+    def begun(self, job_id: str) -> None:
+        """A job has its turn on the GPU, or will never need it."""
+        self.waiting.discard(job_id)
+        self.changed.set()
+
+    async def do(self, job: dict[str, Any]) -> None:
+        """One job, from the queue to its answer."""
+        job_id = job["id"]
+        in_progress = runpod.serverless.modules.worker_state.JobsProgress()
+        in_progress.add(job_id)  # the id alone: the SDK would write the whole job to the disk, s3Config's key included
+        progress = Progress(self, job_id)
+        body, refresh = await asyncio.to_thread(self.answer, job, progress)
+        self.begun(job_id)
+        if refresh:
+            self.stop()
+            self.poll.cancel()
+        await progress.close()
+        await self.deliver(job_id, body)
+        in_progress.remove(job_id)
+
+    def answer(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
+        """The job's answer as it is posted, and whether the worker must be replaced."""
+        answer = self.run(job, progress)
+        try:
+            return result_body(answer), bool(answer.get("refresh_worker"))
+        except (TypeError, ValueError, RecursionError):
+            log.exception("job %s: the answer is no JSON", job["id"])
+            return result_body({"error": "the answer could not be written as JSON", "code": "GENERATION_FAILED"}), False
+
+    async def deliver(self, job_id: str, body: bytes) -> None:
+        """Posts the answer; where RunPod will not have it, a short one, since clients would see a job COMPLETED
+        without output."""
+        refused = {"error": "RunPod refused the job's answer", "code": "GENERATION_FAILED"}
+        if not await self.is_accepted(job_id, body) and not await self.is_accepted(job_id, result_body(refused)):
+            log.error("job %s: stays unanswered", job_id)
+
+    async def is_accepted(self, job_id: str, body: bytes) -> bool:
+        """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
+        deadline, pause = self.loop.time() + ANSWER_RETRY_S, 0.5
+        while True:
+            try:
+                await self.post(job_id, body, ANSWER_TRY_S)
+                return True
+            except (aiohttp.ClientError, TimeoutError) as error:
+                status = getattr(error, "status", 500)
+                log.warning("job %s: posting its answer: %s %d", job_id, type(error).__name__, status)
+            if (status < 500 and status not in (408, 429)) or self.loop.time() > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 8)
+
+    async def post(self, job_id: str, body: bytes, timeout_s: float) -> None:
+        """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError or TimeoutError."""
+        address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
+        headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id}
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        data = io.BytesIO(body)
+        async with self.session.post(address, data=data, headers=headers, timeout=timeout, raise_for_status=True):
+            pass
+
+
+class Progress(Observer):
+    """Reports one job's denoising to RunPod, at most once a second, and none after close()."""
+
+    def __init__(self, jobs: JobLoop, job_id: str) -> None:
+        self.jobs, self.job_id = jobs, job_id
+        self.update: asyncio.Task | None = None
+        self.next_at = 0.0
+
+    def denoising(self) -> None:
+        self.jobs.loop.call_soon_threadsafe(self.jobs.begun, self.job_id)
+
+    def step(self, step: int, steps: int) -> None:
+        self.jobs.loop.call_soon_threadsafe(self.report, step, steps)
+
+    def report(self, step: int, steps: int) -> None:
+        """Sends an update, unless one is under way or was answered less than a second ago."""
+        if self.jobs.loop.time() >= self.next_at:
+            self.next_at = math.inf
+            self.update = self.jobs.loop.create_task(self.send(step, steps))
+
+    async def send(self, step: int, steps: int) -> None:
+        output = {"step": step, "steps": steps, "percent": round(100 * step / steps)}
+        try:
+            await self.jobs.post(self.job_id, json.dumps({"status": "IN_PROGRESS", "output": output}).encode(), 10)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.info("job %s: a progress update was lost: %s", self.job_id, type(error).__name__)
+        self.next_at = self.jobs.loop.time() + PROGRESS_S
+
+    async def close(self) -> None:
+        """Ends the update under way: one that arrived after the result would leave the job IN_PROGRESS for good."""
+        if self.update:
+            await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
+            self.update.cancel()  # closes its connection
+            await asyncio.wait([self.update])
+
+
+def parse_job(body: bytes) -> dict[str, Any] | None:
+    """The job in an answer of job-take; None for what has no id that could be answered."""
+    try:
+        job = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
+    except (ValueError, RecursionError):
+        job = None
+    if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]:
+        return job
+    log.error("the queue sent %d bytes that are no job", len(body))
+    return None
+
+
+def result_body(answer: Mapping[str, Any]) -> bytes:
+    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}.
+
+    Raises what json.dumps does for an answer that strict JSON cannot carry.
+    """
+    output = {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}
+    result = {"output": output}
+    if answer.get("error"):
+        result["error"] = answer["error"]
+    if answer.get("refresh_worker"):
+        result["stopPod"] = True
+    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
 
 def main() -> None:
