@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 #
-#   docker build -t sdxl-worker .                                           checkpoint and LoRAs come at the first cold start
+#   docker build -t sdxl-worker .                     checkpoint and LoRAs come at the first cold start
 #   docker build -t sdxl-worker --build-arg BAKE_MODELS=1 \
-#       --secret id=civitai,env=CIVITAI_API_KEY .                           they lie in the image: 8.5 GB more to push and pull
+#       --secret id=civitai,env=CIVITAI_API_KEY .     they lie in the image: 8.5 GB more to push and pull
 
 ARG BAKE_MODELS=0
 
@@ -21,7 +21,7 @@ ENV HF_HOME=/opt/huggingface \
     HUGGINGFACE_HUB_CACHE=/opt/huggingface/hub
 WORKDIR /worker
 
-# PEP 440 ranks 2.6.0+cu118 above 2.6.0, so torch==2.6.* is the CUDA 11.8 build once PyTorch's index is searched as well.
+# PEP 440 ranks 2.6.0+cu118 above 2.6.0: torch==2.6.* is the CUDA 11.8 build once PyTorch's index is searched as well.
 # That index also holds old copies of requests, pillow and more, and uv stops at the first index that knows a name:
 # unsafe-best-match makes it compare the versions of both.
 COPY requirements.txt ./
@@ -44,15 +44,15 @@ ENV SDXL_CONFIG=/opt/stable-diffusion-xl-base-1.0 \
     PYTHONUNBUFFERED=1
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models: built for BAKE_MODELS=1 alone. Every change of handler.py runs this step again, but the cache mount still holds
-# the files, and COPY --from goes by their contents: the image's 8.5 GB layer stays the one already pushed.
-# The key is a file of this one command; no layer, build argument or history entry has it.
+# models, for BAKE_MODELS=1 alone. A change of handler.py runs this step again, but the cache mount still has the files,
+# and COPY --from goes by their contents: the image's 8.5 GB layer stays the one that is already pushed.
+# The key is a file that this one command sees; no layer, build argument or history entry holds it.
 
 FROM worker AS models
 COPY handler.py ./
-RUN --mount=type=secret,id=civitai,required=true --mount=type=cache,target=/cache \
+RUN --mount=type=secret,id=civitai,required=true --mount=type=cache,id=sdxl-models,target=/cache \
     CIVITAI_API_KEY="$(cat /run/secrets/civitai)" MODEL_CACHE_DIR=/cache \
-    python -c "import handler; assert len(handler.setup_models()[1]) == len(handler.LORA_CONFIGS), 'a LoRA is missing'" \
+    python -c "import handler; assert len(handler.setup_models()[1]) == len(handler.LORA_CONFIGS), 'a LoRA failed'" \
     && cp -a /cache /models
 
 FROM worker AS worker-1

@@ -7,7 +7,6 @@ https://docs.runpod.io/references/gpu-types#gpu-pools), as read in November 2026
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -89,9 +88,11 @@ def inputs(hub) -> dict[str, dict[str, Any]]:
 def settings_of(monkeypatch) -> Callable[[dict[str, str]], handler.Settings]:
     """The settings of a worker that is started with these variables and no others."""
 
-    def read(environment: dict[str, str]) -> handler.Settings:
-        monkeypatch.setattr(os, "environ", environment)
-        return handler.Settings.from_environ()
+    def read(variables: dict[str, str]) -> handler.Settings:
+        with monkeypatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            return handler.Settings.from_environ()
 
     return read
 
