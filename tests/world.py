@@ -275,6 +275,9 @@ def original_shapes(size: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float16) / np.float16(16)
+
+
 class Noise:
     """Random values of a tensor by its name; cut from one block, so that 7 GB of them are cheap."""
 
@@ -293,8 +296,12 @@ class Noise:
         if len(shape) < 2:
             is_norm = name.endswith("weight")
             return self.normal(name, shape, 0.05) + np.float16(is_norm)
-        if "embedding.weight" in name or name.endswith("positional_embedding"):
-            return self.normal(name, shape, 0.5)
+        if "position" in name:
+            return self.normal(name, shape, 0.1)
+        if "token_embedding" in name:
+            return self.normal(name, shape, 1.0)
+        if "decoder." in name and shape[-1] == 3:  # these convolutions blur: soft patterns, not a weave of pixels
+            return self.normal(name, (*shape[:2], 1, 1), 1.3 * shape[1] ** -0.5) * BLUR
         return self.normal(name, shape, float(np.prod(shape[1:])) ** -0.5)
 
 
