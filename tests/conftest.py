@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +47,13 @@ def civitai(world: World) -> Iterator[CivitaiServer]:  # noqa: F821
 
     with CivitaiServer(world.files, key=API_KEY) as server:
         yield server
+
+
+@pytest.fixture
+def pipe(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F821
+    """The worker's pipeline on the tiny world, loaded once a session, as handler() uses it; no Civitai is there."""
+    import handler
+
+    for name, value in world.environ("http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    return handler.WORKER.ready()[0]
