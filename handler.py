@@ -1260,7 +1260,7 @@ def free_memory() -> None:
 
 
 POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
-LAST_POLL_S = 3  # how long an idle worker's open poll outlives SIGTERM
+LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 120  # one post of an answer; all of them
 PROGRESS_S, LAST_PROGRESS_S = 1, 2  # between updates; for the last one before the answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

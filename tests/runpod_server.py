@@ -1,7 +1,6 @@
 """RunPod's queue on loopback, as SDK 1.7.13 speaks to it: job-take, job-take-batch, job-done, ping.
 
-    with RunPodServer() as server:
-        worker = subprocess.Popen([sys.executable, "handler.py"], env=os.environ | server.env("pod-1"))
+    with RunPodServer() as server, Worker(server, folder, world.environ()) as worker:
         job = server.submit({"prompt": "a cat"})
         print(server.result(job))
 
@@ -16,22 +15,29 @@ a whole number is answered as that HTTP status, "hang" is never answered, a floa
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import select
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 KEY = "rpa_canary_key_of_the_endpoint"
 TICK_S = 0.02
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -91,13 +97,13 @@ class RunPodServer:
     def __init__(self, poll_s: float = 20.0) -> None:
         self.poll_s = poll_s
         self.jobs: dict[str, Job] = {}
-        self.queue: deque[Any] = deque()
+        self.queue: deque[Job] = deque()
         self.polls: list[Poll] = []
         self.pings: list[Ping] = []
         self.violations: list[str] = []
         self.changed = threading.Condition()
         self.closing = False
-        self._faults: dict[str, Iterator[Any]] = {}
+        self._faults: dict[tuple[str, str], Iterator[Any]] = {}
         self._numbers = itertools.count(1)
         self._http = Server(("127.0.0.1", 0), Handler)
         self._http.owner = self
@@ -129,26 +135,28 @@ class RunPodServer:
 
     def submit(self, job_input: Any, **envelope: Any) -> str:
         """Queues {"id": ..., "input": job_input, **envelope}; returns the id."""
-        return self.submit_raw({"id": f"job-{next(self._numbers)}-u1", "input": job_input, **envelope})
+        job_id = f"job-{next(self._numbers)}-u1"
+        return self.submit_raw({"id": job_id, "input": job_input, **envelope}, job_id)
 
-    def submit_raw(self, envelope: Any) -> str:
-        """Queues anything; bytes are sent as they are. Returns its id, "" where it has none."""
-        job_id = envelope.get("id", "") if isinstance(envelope, dict) else ""
+    def submit_raw(self, envelope: Any, job_id: str = "") -> str:
+        """Queues anything; bytes are sent as they are. Give job_id where the envelope holds an id."""
+        job = Job(job_id, envelope, time.monotonic())
         with self.changed:
             if job_id:
-                self.jobs[job_id] = Job(job_id, envelope, time.monotonic())
-            self.queue.append(envelope)
+                self.jobs[job_id] = job
+            self.queue.append(job)
             self.changed.notify_all()
         return job_id
 
-    def inject(self, endpoint: str, faults: Iterable[Any]) -> None:
-        """Spoils the endpoint's next requests, one fault each; None lets one pass."""
-        self._faults[endpoint] = iter(faults)
+    def inject(self, endpoint: str, faults: Iterable[Any], job_id: str = "") -> None:
+        """Spoils the endpoint's next requests, or those for one job, one fault each; None lets one pass."""
+        self._faults[endpoint, job_id] = iter(faults)
 
-    def fault(self, endpoint: str) -> Any:
+    def fault(self, endpoint: str, job_id: str = "") -> Any:
         """The fault for this request, None for most."""
         with self.changed:
-            return next(self._faults.get(endpoint, iter(())), None)
+            faults = self._faults.get((endpoint, job_id)) or self._faults.get((endpoint, ""), iter(()))
+            return next(faults, None)
 
     def wait_for(self, condition: Callable[[], Any], timeout: float = 60.0) -> Any:
         """The condition's first true value; raises TimeoutError."""
@@ -229,13 +237,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.queue.changed:
             poll.taken = len(jobs)
             for job in jobs:
-                if isinstance(job, dict) and job.get("id") in self.queue.jobs:
-                    self.queue.jobs[job["id"]].taken.append((time.monotonic(), poll.pod))
+                job.taken.append((time.monotonic(), poll.pod))
             self.queue.changed.notify_all()
-        body = jobs if as_list else jobs[0]
+        body = [job.envelope for job in jobs] if as_list else jobs[0].envelope
         self.answer(200, body if isinstance(body, bytes) else json.dumps(body).encode())
 
-    def next_jobs(self, poll: Poll) -> list[Any]:
+    def next_jobs(self, poll: Poll) -> list[Job]:
         queue, deadline = self.queue, poll.started + self.queue.poll_s
         with queue.changed:
             while not queue.queue:
@@ -264,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         if job:
             with self.queue.changed:
                 (job.progress if progress else job.attempts).append(post)
-        post.status = self.spoil(self.queue.fault("progress" if progress else "job-done")) or 200
+        post.status = self.spoil(self.queue.fault("progress" if progress else "job-done", job_id)) or 200
         post.ended = time.monotonic()
         if post.status == 200:
             self.answer(200, b"OK")
@@ -283,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
             return fault
         if fault == "hang":
             while not self.hung_up() and not self.queue.closing:
-                time.sleep(TICK_S)
+                select.select([self.connection], [], [], 1)  # readable once the worker hangs up
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
@@ -314,3 +321,45 @@ class Handler(BaseHTTPRequestHandler):
     def check(self, holds: bool, complaint: str) -> None:
         if not holds:
             self.queue.violations.append(f"{self.command} {urlsplit(self.path).path} {complaint}")
+
+
+class Worker:
+    """`python handler.py` as RunPod starts it, or any other command; a context manager that leaves no process behind.
+
+    environ is added to the server's; log is the file with what it printed.
+    """
+
+    def __init__(
+        self, server: RunPodServer, folder: Path, environ: Mapping[str, str], *command: str, pod: str = "pod-1"
+    ) -> None:
+        self.pod, self.server, self.log = pod, server, folder / f"{pod}.log"
+        clean = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, *(command or (str(ROOT / "handler.py"),))],
+            env={**clean, "HOME": str(folder), **server.env(pod), **environ},
+            cwd=folder,
+            stdout=self.log.open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ready(self, timeout: float = 60.0) -> Worker:
+        """Waits until it asks for its first job."""
+        self.server.wait_for(lambda: any(poll.pod == self.pod for poll in self.server.polls), timeout)
+        return self
+
+    def terminate(self) -> None:
+        """SIGTERM, to the worker alone, as a container's runtime sends it."""
+        self.process.terminate()
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status."""
+        return self.process.wait(timeout)

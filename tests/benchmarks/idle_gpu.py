@@ -81,7 +81,13 @@ def measure(way: str, options: argparse.Namespace, workers: int = 1) -> dict[str
     gaps = [1000 * (b[0] - a[1]) for jobs in busy for a, b in itertools.pairwise(jobs)]
     jobs = [job for worker in busy for job in worker]
     span = max(job[1] for job in jobs) - min(job[0] for job in jobs)
-    return {"median": statistics.median(gaps), "max": max(gaps), "per_minute": 60 * len(jobs) / span}
+    return {
+        "median": statistics.median(gaps),
+        "max": max(gaps),
+        "per_minute": 60 * len(jobs) / span,
+        "jobs": len(jobs),
+        "fewest": min(map(len, busy)),  # what the least busy worker served
+    }
 
 
 def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer, notes: list[Path]) -> None:

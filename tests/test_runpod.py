@@ -1,0 +1,344 @@
+"""The worker in the SDK's place on RunPod: real processes on the tiny model world, against a queue on loopback."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from runpod_server import KEY, RunPodServer, Worker
+from world import API_KEY
+
+import handler
+
+sys.path.append(str(Path(__file__).with_name("benchmarks")))
+from idle_gpu import measure
+
+BREAKABLE = str(Path(__file__).with_name("breakable_worker.py"))
+SHORT = {"prompt": "a cat", "width": 256, "height": 256, "steps": 2, "seed": 1}
+LONG = {**SHORT, "steps": 40}
+SECRET = "canary-bucket-secret-9f8e7d"
+PROMPT = "canary prompt with violet otters"
+
+
+@pytest.fixture
+def server():
+    """A queue whose worker broke no rule of it and answered no job twice."""
+    with RunPodServer() as server:
+        yield server
+    assert_clean(server)
+
+
+def assert_clean(server: RunPodServer) -> None:
+    assert server.violations == []
+    assert [job.id for job in server.jobs.values() if len(job.results) > 1] == []
+
+
+@pytest.fixture
+def start(server, world, tmp_path):
+    """Starts workers without LoRAs, in the test's folder; none of them outlives the test."""
+    workers = []
+
+    def start_worker(*command: str, pod: str = "pod-1", **environ: str) -> Worker:
+        workers.append(Worker(server, tmp_path, {**world.environ(), "LORAS": "", **environ}, *command, pod=pod))
+        return workers[-1]
+
+    yield start_worker
+    for worker in workers:
+        worker.__exit__()
+
+
+@pytest.fixture(scope="module")
+def shared(world, tmp_path_factory):
+    """One worker for the tests that leave it in working order, with every log line on; (queue, worker, folder)."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "tmp").mkdir()
+    environ = {**world.environ(), "LORAS": "", "RUNPOD_LOG_LEVEL": "DEBUG", "TMPDIR": str(folder / "tmp")}
+    with RunPodServer() as server, Worker(server, folder, environ, BREAKABLE) as worker:
+        yield server, worker.ready(), folder
+    assert_clean(server)
+
+
+@pytest.fixture
+def breaks(shared):
+    """Breaks the shared worker's pipeline in one way, for one test."""
+    file = shared[2] / "break"
+    yield file.write_text
+    file.unlink(missing_ok=True)
+
+
+def is_good(result: dict) -> bool:
+    return "error" not in result and len(result["output"]["images"]) == 1
+
+
+def family(worker: Worker) -> list[int]:
+    """The worker's processes that are alive, its heartbeat among them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == worker.process.pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# every job answered
+
+
+def test_jobs_and_failures_are_answered(shared, breaks):
+    """A good job, a refused one and one out of memory are each answered as the SDK would, and the worker goes on."""
+    server = shared[0]
+    assert is_good(server.result(server.submit(SHORT)))
+    refused = server.result(server.submit({**SHORT, "width": 1023}))
+    assert refused["output"] == {"code": "INVALID_INPUT"} and "width" in refused["error"] and len(refused) == 2
+    breaks("oom")
+    failed = server.result(server.submit(SHORT))
+    assert failed["output"] == {"code": "OUT_OF_MEMORY"} and len(failed) == 2
+    breaks("")
+    assert is_good(server.result(server.submit(SHORT)))
+
+
+def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
+    """Jobs without input, with NaN, 5,000 digits or lone surrogates are answered; what has no id is let go."""
+    server = shared[0]
+    server.submit_raw([1])
+    server.submit_raw({"input": SHORT})
+    server.submit_raw(b"{")
+    server.submit_raw(b"[" * 100_000)
+    bad = [server.submit_raw({"id": "x-1"}, "x-1"), server.submit({**SHORT, "bad\ud800": 1}), server.submit(None)]
+    for number in (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-" + b"9" * 5000):
+        job_id = f"n-{len(bad)}"
+        body = b'{"id": "%s", "input": {"prompt": "a", "seed": %s}}' % (job_id.encode(), number)
+        bad.append(server.submit_raw(body, job_id))
+    surrogate = server.submit({**SHORT, "prompt": "a \ud800 cat"})
+    assert {server.result(job_id)["output"]["code"] for job_id in bad} == {"INVALID_INPUT"}
+    assert "U+FFFD" in server.result(surrogate)["output"]["metadata"]["warnings"][0]
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {1: {2: object()}}, "cycle"])
+def test_an_answer_that_is_no_json(value):
+    """An answer that strict JSON cannot carry becomes GENERATION_FAILED instead of a job that hangs."""
+    if value == "cycle":
+        value = [value]
+        value.append(value)
+    body, refresh = handler.JobLoop(lambda *_: {"images": value}, Future()).answer({"id": "x"}, handler.Observer())
+    assert json.loads(body)["output"] == {"code": "GENERATION_FAILED"} and not refresh
+
+
+def test_answers_are_posted_until_they_are_accepted(shared):
+    """Resets, 429 and 5xx on the result's post are tried again, beside the next job; it is accepted once."""
+    server = shared[0]
+    server.inject("job-done", ["reset", 429, 500, 503], "job-retried")
+    server.submit_raw({"id": "job-retried", "input": SHORT}, "job-retried")
+    beside = server.submit(SHORT)
+    assert is_good(server.result("job-retried")) and is_good(server.result(beside))
+    assert [post.status for post in server.jobs["job-retried"].attempts] == [-1, 429, 500, 503, 200]
+    assert server.jobs[beside].results[0].arrived < server.jobs["job-retried"].results[0].arrived
+
+
+def test_a_refused_answer_is_replaced(shared):
+    """What RunPod refuses for good is answered by a short error: clients would see COMPLETED without output."""
+    server = shared[0]
+    server.inject("job-done", [413], "job-refused")
+    server.submit_raw({"id": "job-refused", "input": SHORT}, "job-refused")
+    assert server.result("job-refused")["output"] == {"code": "GENERATION_FAILED"}
+
+
+def test_a_failing_queue_is_asked_again(shared):
+    """204, 400, a 5xx and a reset of the poll keep no job from being taken."""
+    server = shared[0]
+    server.inject("job-take", [204, 400, 503, "reset"])
+    server.result(server.submit(SHORT))
+    assert is_good(server.result(server.submit(SHORT)))
+    assert server.fault("job-take") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# progress, heartbeat, jobs in flight
+
+
+def test_progress_and_heartbeat(shared):
+    """Updates name step, steps and percent, at most one a second, each answered before the result is sent; the
+    heartbeat names the job while it is held, and no longer."""
+    server = shared[0]
+    job = server.jobs[server.submit({**SHORT, "steps": 120})]
+    server.wait_for(lambda: any(ping.ids == [job.id] for ping in server.pings))
+    server.result(job.id)
+    updates = [post.payload["output"] for post in job.progress]
+    assert updates[0] == {"step": 1, "steps": 120, "percent": 1} and len(updates) > 1
+    assert all(set(post.payload) == {"status", "output"} for post in job.progress)
+    assert all(later.arrived - earlier.arrived >= 1 for earlier, later in itertools.pairwise(job.progress))
+    assert job.progress[-1].ended <= job.results[0].arrived
+    seen = len(server.pings)
+    server.wait_for(lambda: len(server.pings) >= seen + 2)
+    assert server.pings[-1].ids == []
+
+
+def test_a_hanging_update_is_closed_before_the_result(shared):
+    """An update that RunPod does not answer is waited for 2 s at most, and its connection closed before the result."""
+    server = shared[0]
+    server.inject("progress", ["hang"], "job-hanging")
+    server.submit_raw({"id": "job-hanging", "input": SHORT}, "job-hanging")
+    server.result("job-hanging")
+    job = server.jobs["job-hanging"]
+    assert len(job.progress) == 1 and job.progress[0].ended <= job.results[0].arrived + 0.05
+    assert 1.5 < job.progress[0].ended - job.progress[0].arrived < 4
+
+
+def test_jobs_in_flight(shared, breaks):
+    """The next job is asked for, alone, once this one denoises; no more than two are held; polls ask for one."""
+    server = shared[0]
+    breaks("slow")
+    jobs = [server.jobs[server.submit({**SHORT, "steps": 30, "prompt": f"cat {n}"})] for n in range(3)]
+    for job in jobs:
+        server.result(job.id)
+    for job, following in itertools.pairwise(jobs):
+        assert job.taken[0][0] + 1 < following.taken[0][0] < job.results[0].arrived
+    events = [(job.taken[0][0], 1) for job in jobs] + [(job.results[0].arrived, -1) for job in jobs]
+    held = [sum(change for _, change in sorted(events)[: n + 1]) for n in range(len(events))]
+    assert max(held) == 2
+    assert {poll.batch for poll in server.polls} == {1}
+
+
+def test_idle_gpu():
+    """Between two jobs of a full queue the GPU idles for 50 ms at most, encoding and posting notwithstanding."""
+    found = measure("loop", argparse.Namespace(gpu=0.6, images=0.3, jobs=6))
+    assert found["max"] <= 50
+
+
+def test_four_workers_in_one_folder():
+    """Four workers started in one folder share a queue: each job is answered once, and no worker blocks another."""
+    found = measure("loop", argparse.Namespace(gpu=0.5, images=0.2, jobs=16), workers=4)
+    assert found["jobs"] == 16 and found["fewest"] >= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the end of a worker
+
+
+def test_killed_and_restarted(start, server, tmp_path):
+    """After kill -9 in a job nobody pings that job, and a worker started in the same folder takes jobs again, one at a
+    time with JOBS_IN_FLIGHT=1; idle, it exits with 0 within 5 s of SIGTERM."""
+    first = start().ready()
+    dead = server.submit({**SHORT, "steps": 150, "width": 512})
+    server.wait_for(lambda: any(ping.ids == [dead] for ping in server.pings))
+    first.process.kill()
+    first.wait(5)
+    server.wait_for(lambda: not family(first), 2)
+    pings = len(server.pings)
+    polls = len(server.polls)
+    second = start(JOBS_IN_FLIGHT="1")
+    server.wait_for(lambda: len(server.polls) > polls)
+    jobs = [server.jobs[server.submit(SHORT)] for _ in range(2)]
+    assert all(is_good(server.result(job.id)) for job in jobs)
+    assert jobs[1].taken[0][0] > jobs[0].results[0].arrived
+    assert not any(dead in ping.ids for ping in server.pings[pings:])
+    server.wait_for(server.open_polls)
+    second.terminate()
+    assert second.wait(5) == 0
+    server.wait_for(lambda: not family(second), 2)
+    assert not server.jobs[dead].results and not list(tmp_path.glob(".runpod*"))
+
+
+def test_sigterm_in_a_job(start, server):
+    """SIGTERM in a job: it is answered, the job that the open poll still brings too, nothing else is asked for."""
+    worker = start().ready()
+    running = server.submit(LONG)
+    server.wait_for(lambda: server.jobs[running].progress and server.open_polls())
+    worker.terminate()
+    polls = len(server.polls)
+    brought, left = server.submit(SHORT), server.submit(SHORT)
+    assert worker.wait(30) == 0
+    assert is_good(server.jobs[running].results[0].payload) and is_good(server.jobs[brought].results[0].payload)
+    assert not server.jobs[left].taken and len(server.polls) == polls
+
+
+@pytest.mark.parametrize("after_s", [0.2, 2.0, 4.0])
+def test_sigterm_while_loading(start, after_s):
+    """SIGTERM ends a worker within 5 s while it loads; its heartbeat too."""
+    worker = start(LORAS="135867")
+    time.sleep(after_s)
+    worker.terminate()
+    assert worker.wait(5) in (0, -signal.SIGTERM)  # at first there is only Python
+    worker.server.wait_for(lambda: not family(worker), 2)
+
+
+def test_sigterm_as_pid_1(start):
+    """The same as PID 1, which has no default action for signals."""
+    unshare = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    try:
+        subprocess.run([*unshare, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs process namespaces")
+    code = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+    worker = start("-c", code, *unshare, sys.executable, str(Path(handler.__file__)))
+    time.sleep(3)
+    pid = worker.process.pid
+    child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    os.kill(child, signal.SIGTERM)
+    assert worker.wait(5) == 0
+
+
+def test_a_failed_start_is_answered(start, server):
+    """Models that cannot be made ready are SETUP_FAILED with refresh, told to one job; then the worker ends."""
+    worker = start(ALLOW_CPU="0")
+    jobs = [server.submit(SHORT) for _ in range(2)]
+    result = server.result(jobs[0])
+    assert result["output"] == {"code": "SETUP_FAILED"} and result["stopPod"] is True and "ALLOW_CPU" in result["error"]
+    assert worker.wait(5) == 0
+    assert not server.jobs[jobs[1]].taken
+
+
+def test_a_lost_gpu_takes_no_more_jobs(start, server, tmp_path):
+    """A CUDA error that ends the process's use of the GPU is answered with refresh; no job is asked for after it."""
+    worker = start(BREAKABLE).ready()
+    (tmp_path / "break").write_text("fatal")
+    jobs = [server.submit(SHORT) for _ in range(6)]
+    lost = server.result(jobs[0])
+    assert lost["output"] == {"code": "GENERATION_FAILED"} and lost["stopPod"] is True
+    assert worker.wait(10) == 0
+    taken = [job for job in server.jobs.values() if job.taken]
+    assert len(taken) <= 2 and all(len(job.results) == 1 for job in taken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nothing leaks, and the shared worker's end
+
+
+def test_canaries(shared):
+    """Keys, bucket secrets and prompts are in no log line, update, answer or file, with every log line switched on."""
+    server, worker, folder = shared
+    config = {"accessId": "a", "accessSecret": SECRET, "bucketName": "b", "endpointUrl": "http://127.0.0.1:9"}
+    job_id = server.submit({**LONG, "prompt": PROMPT}, s3Config=config)
+    server.wait_for(lambda: server.jobs[job_id].progress)
+    written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    server.result(job_id)
+    written += worker.log.read_bytes()
+    assert job_id.encode() in written
+    posts = [post.payload for job in server.jobs.values() for post in (*job.progress, *job.attempts)]
+    for canary in (SECRET, API_KEY, KEY):
+        assert canary.encode() not in written and canary not in json.dumps(posts)
+    assert PROMPT.encode() not in written and b"a cat" not in written
+
+
+def test_sigterm_while_idle(shared):
+    """A job that comes within the last poll of an idle worker told to stop is run and answered."""
+    server, worker, _ = shared
+    server.wait_for(server.open_polls)
+    worker.terminate()
+    time.sleep(1)
+    job_id = server.submit(SHORT)
+    assert worker.wait(10) == 0
+    assert is_good(server.jobs[job_id].results[0].payload)
