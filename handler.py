@@ -24,7 +24,9 @@ import asyncio
 import base64
 import ctypes
 import difflib
+import functools
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -34,20 +36,22 @@ import os
 import re
 import secrets
 import signal
+import struct
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 class Lazy:
@@ -64,6 +68,7 @@ class Lazy:
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
 aiohttp = Lazy("aiohttp")
+boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
 
 log = logging.getLogger("worker")
 
@@ -629,6 +634,8 @@ def load_pipeline() -> Any:
     with phase("LoRA stack"):
         names = adapter_names(settings.loras)
         pipe.lora_stack.apply({name: config["scale"] for name, config in zip(names, settings.loras, strict=True)})
+    pipe.model_files = models
+    in_background(hash_loras, models.loras.values())
     for name, reason in pipe.lora_stack.failed.items():
         log.warning("LoRA %s is left out: %s", name, reason)
     if settings.torch_compile:
@@ -786,33 +793,334 @@ class PromptEncoder:
 # ---------------------------------------------------------------------------------------------------------------------
 # images
 
-IMAGE_FORMATS = ("png", "jpeg", "webp")
+# Z_RLE looks for runs alone: after PNG's filters a photograph has hardly any other repeats, so this is two to
+# six times as fast as Pillow's default, and the file no larger.
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 1, "compress_type": zlib.Z_RLE},
+    "jpeg": {"quality": 95, "subsampling": 0},  # 4:4:4
+    "webp": {"quality": 95},
+}
+LOSSLESS_WEBP = {"lossless": True, "method": 1, "quality": 20}  # method and quality: how long it tries to be small
+FALLING_QUALITIES = (95, 90, 80, 65, 50, 35, 20, 10, 5)
+EXIF_MAX_BYTES = 65_533  # what a JPEG marker holds
+TIMES_BYTES = 300  # of an answer's metadata: the seconds, which are known last
 
 
-# stand-in until the images land
-def encode_images(images: list[Any], image_format: str, _recipes: Any = None) -> list[bytes]:
-    files = []
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, image_format)
-        files.append(buffer.getvalue())
-    return files
+@dataclass(frozen=True)
+class NamedModel:
+    """A checkpoint or LoRA as a recipe names it; short_hash is "" where unknown, scale a LoRA's."""
+
+    name: str
+    filename: str
+    version: str
+    short_hash: str
+    scale: float | None = None
 
 
-def parse_s3_config(_job: Any) -> Bucket | None:
-    return None
+def image_recipes(request: JobRequest, settings: Settings, files: ModelFiles, loras: list[dict[str, Any]]) -> list[str]:
+    """One recipe an image, each with its own seed; "" where the job wants none. loras: the metadata's."""
+    if not request.embed_metadata:
+        return [""] * request.num_images
+    checkpoint = NamedModel(
+        settings.checkpoint["name"],
+        settings.checkpoint["filename"],
+        version_id(settings.checkpoint),
+        (recorded_sha256(files.checkpoint) or "")[:10],
+    )
+    stack = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
+    stacked = [
+        NamedModel(config["name"], config["filename"], version_id(config), addnet_hash(files.loras[name]), scale)
+        for name, scale in (lora.values() for lora in loras)
+        for config in [stack[name]]
+    ]
+    vae = Path(settings.vae_model).name
+    return [a1111_parameters(request, seed, vae, checkpoint, stacked) for seed in request.seeds]
+
+
+def a1111_parameters(
+    request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: Iterable[NamedModel]
+) -> str:
+    """What A1111 and Civitai read back from an image:
+
+    a cat
+    Negative prompt: blurry
+    Steps: 24, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4.5, Seed: 1, Size: 1024x1024, ...
+    """
+    sampler, schedule = split_schedule(request.scheduler)
+    hashes = ", ".join(f"{plain_stem(lora)}: {lora.short_hash}" for lora in loras if lora.short_hash)
+    fields = {
+        "Steps": request.steps,
+        "Sampler": sampler,
+        "Schedule type": schedule,
+        "CFG scale": f"{request.guidance_scale:.10g}",
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": checkpoint.short_hash,
+        "Model": plain_stem(checkpoint),
+        "VAE": vae,
+        "Clip skip": request.clip_skip if request.clip_skip > 1 else "",  # A1111 leaves its default, 1, out
+        "Lora hashes": hashes,
+    }
+    details = ", ".join(f"{name}: {quote(str(value))}" for name, value in fields.items() if value != "")
+    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    resources = civitai_resources([checkpoint, *loras])
+    text = f"{request.prompt}{negative}\n{details}{resources}".strip()
+    return text.replace("\0", "")  # which would end a PNG's text
+
+
+def split_schedule(scheduler: str) -> tuple[str, str]:
+    """A1111's sampler and schedule type: "DPM++ 2M Karras" -> ("DPM++ 2M", "Karras"), "Euler" -> ("Euler", "")."""
+    for schedule in filter(None, SCHEDULE_TYPES):
+        if scheduler.endswith(f" {schedule}"):
+            return scheduler.removesuffix(f" {schedule}"), schedule
+    return scheduler, ""
+
+
+def plain_stem(model: NamedModel) -> str:
+    """The file's name as A1111 writes it, without suffix, commas and colons."""
+    return re.sub("[,:]", "", Path(model.filename).stem)
+
+
+def quote(value: str) -> str:
+    """A1111's rule for values: 'a' -> 'a', 'a: 1, b: 2' -> '"a: 1, b: 2"'."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+
+
+def civitai_resources(models: Iterable[NamedModel]) -> str:
+    """By which Civitai links an image to its models; its parser takes the JSON up to the first "}]"."""
+    resources = [
+        {"type": "checkpoint" if model.scale is None else "lora"}
+        | ({} if model.scale is None else {"weight": model.scale})
+        | {"modelVersionId": int(model.version), "modelName": model.name}
+        for model in models
+        if model.version
+    ]
+    listed = json.dumps(resources, separators=(",", ":"), ensure_ascii=False)
+    return f", Civitai resources: {listed}" if resources else ""
+
+
+@functools.cache
+def addnet_hash(file: Path) -> str:
+    """A1111's hash of a LoRA: 12 digits of the SHA256 of what follows the safetensors header, "" if unreadable."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    except OSError as error:
+        log.warning("no hash of %s: %s", file.name, error)
+        return ""
+
+
+def hash_loras(files: Iterable[Path]) -> None:
+    """Computes the hashes ahead of the first job that writes them; to be run in the background."""
+    for file in files:
+        addnet_hash(file)
+
+
+def encode_image(image: Any, recipe: str, image_format: str, **options: Any) -> bytes:
+    """A PIL image as a png, jpeg or webp file with its recipe; options overrule ENCODINGS."""
+    options = ENCODINGS[image_format] | options
+    if recipe and image_format == "png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("parameters", recipe)  # tEXt, or iTXt for what Latin-1 cannot write
+    elif recipe:
+        options["exif"] = exif_user_comment(recipe)
+        if image_format == "jpeg" and len(options["exif"]) > EXIF_MAX_BYTES:
+            log.warning("a recipe of %d characters does not fit into a JPEG and is left out", len(recipe))
+            del options["exif"]
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def exif_user_comment(text: str) -> bytes:
+    """An EXIF block that holds a UserComment, as A1111 writes it: big-endian, UTF-16. By hand, since Pillow would
+    type the comment BYTE instead of UNDEFINED, which A1111's reader, piexif, does not take."""
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    header = struct.pack(">2sHI", b"MM", 42, 8)
+    pointer = struct.pack(">HHHIII", 1, 0x8769, 4, 1, 26, 0)  # IFD 0: one LONG, the offset of the Exif IFD
+    entry = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 44, 0)  # Exif IFD: one UNDEFINED, the comment
+    return b"Exif\0\0" + header + pointer + entry + comment
+
+
+def encode_images(images: list[Any], recipes: list[str], image_format: str, **options: Any) -> list[bytes]:
+    """The files of a batch, encoded side by side: zlib, libjpeg and libwebp work without the GIL."""
+    with ThreadPoolExecutor(len(images)) as pool:
+        return list(pool.map(lambda *given: encode_image(*given, image_format, **options), images, recipes))
+
+
+def deliver(
+    answer: dict[str, Any], images: list[Any], recipes: list[str], bucket: Bucket | None, max_bytes: int, job_id: str
+) -> dict[str, Any]:
+    """The answer with its images: links where there is a bucket, else base64."""
+    if bucket is None:
+        return fit_answer(answer, images, recipes, max_bytes)
+    image_format = answer["metadata"]["image_format"]
+    files = encode_images(images, recipes, image_format)
+    return answer | {"images": upload_images(files, image_format, bucket, job_id)}
+
+
+def fit_answer(answer: dict[str, Any], images: list[Any], recipes: list[str], max_bytes: int) -> dict[str, Any]:
+    """The answer with its images in base64, at most max_bytes of JSON: RunPod drops a larger one after the GPU time is
+    spent. What would be larger goes as lossless WebP, then as JPEG of falling quality, and metadata says so.
+
+    answer: all but the images and the times. Raises GenerationFailed where nothing fits.
+    """
+    wanted = answer["metadata"]["image_format"]
+    for image_format, options, what in attempts(wanted):
+        files = encode_images(images, recipes, image_format, **options)
+        metadata = answer["metadata"] | {"image_format": image_format}
+        if options:
+            note = f"as {wanted} the answer would be larger than {max_bytes / MB:g} MB: sent as {what}"
+            metadata["warnings"] = [*metadata["warnings"], note]
+        images_bytes = sum(-(-len(file) // 3) * 4 + len('"", ') for file in files)
+        if len(json.dumps({"output": answer | {"metadata": metadata}})) + TIMES_BYTES + images_bytes <= max_bytes:
+            return answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
+    raise GenerationFailed(
+        f"the images do not fit into an answer of {max_bytes / MB:g} MB: ask for fewer or smaller ones, or set a bucket"
+    )
+
+
+def attempts(wanted: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The formats to try, largest first: name, Pillow's options, words for a warning."""
+    yield wanted, {}, wanted
+    if wanted == "png":
+        yield "webp", LOSSLESS_WEBP, "lossless WebP"
+    for quality in FALLING_QUALITIES:
+        yield "jpeg", {"quality": quality}, f"JPEG of quality {quality}"
+
+
+S3_CONFIG = {
+    "endpointUrl": "endpoint_url",
+    "accessId": "access_key_id",
+    "accessSecret": "secret_access_key",
+    "bucketName": "name",
+}
+LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
+
+
+def parse_s3_config(job: Mapping[str, Any]) -> Bucket | None:
+    """The bucket that a job brings along in its envelope. Raises UploadFailed for one with pieces missing."""
+    config = job.get("s3Config")
+    if config is None:
+        return None
+    given = config if isinstance(config, dict) else {}
+    missing = [key for key in S3_CONFIG if not (isinstance(given.get(key), str) and given[key].strip())]
+    if missing:
+        raise UploadFailed(f"s3Config needs {', '.join(S3_CONFIG)} as text; missing: {', '.join(missing)}")
+    return Bucket(**{field: given[key].strip() for key, field in S3_CONFIG.items()})
+
+
+def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id: str) -> list[str]:
+    """Puts the files to <bucket>/<job id>/ and returns links that are good for seven days, as the SDK's rp_upload does;
+    that would go on without a bucket when it is refused, and wait for minutes. Raises UploadFailed."""
+    name = bucket.name or time.strftime("%m-%y")
+
+    def upload(file: bytes) -> str:
+        place = {"Bucket": name, "Key": f"{job_id}/{secrets.token_hex(4)}.{image_format}"}
+        client.put_object(**place, Body=file, ContentType=f"image/{image_format}")
+        return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)
+
+    try:
+        client = s3_client(bucket)
+        with ThreadPoolExecutor(len(files)) as pool:
+            return list(pool.map(upload, files))
+    except botocore.exceptions.ClientError as error:
+        code = re.sub("[^A-Za-z0-9]", "", str(error.response["Error"].get("Code")))
+        raise UploadFailed(f"the bucket refused the image: {code}") from None
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        reason = type(error).__name__
+        raise UploadFailed(f"the upload failed with {reason}: check the bucket's endpoint and name") from None
+
+
+def s3_client(bucket: Bucket) -> Any:
+    """A boto3 client that gives up after about a minute, not boto3's three."""
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=bucket.endpoint_url,
+        aws_access_key_id=bucket.access_key_id,
+        aws_secret_access_key=bucket.secret_access_key,
+        region_name=rp_upload.extract_region_from_url(bucket.endpoint_url),
+        config=botocore.config.Config(
+            signature_version="s3v4",
+            connect_timeout=5,
+            read_timeout=20,
+            retries={"max_attempts": 3, "mode": "standard"},
+            request_checksum_calculation="when_required",  # the default's trailers are unknown to older S3 servers
+            response_checksum_validation="when_required",
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs
 
-# stand-in until the schedulers land
-SCHEDULERS = {"DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True})}
+# schedulers
+# A1111's samplers in diffusers' classes, after the table in diffusers' "Schedulers" overview. Left out: DPM++ 2S a, DPM
+# fast, DPM adaptive and Restart, which diffusers has not; LMS, which needs SciPy; DPM++ 3M SDE, where diffusers 0.34
+# differs from k-diffusion by the sign of a term.
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+SCHEDULED_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
+    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", SDE | {"solver_type": "heun"}),
+    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE),  # A1111 calls the network twice a step, diffusers once
+    "DPM2": ("KDPM2DiscreteScheduler", {}),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+}
+# SDXL's own configuration spaces the timesteps as "leading", which never reaches the last one. A1111 starts there, and
+# its Karras and exponential sigmas run from the highest to the lowest: both are "linspace" here.
+LINSPACE, TRAILING = {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}
+SCHEDULE_TYPES: dict[str, dict[str, Any]] = {
+    "": LINSPACE,
+    "Karras": LINSPACE | {"use_karras_sigmas": True},
+    "Exponential": LINSPACE | {"use_exponential_sigmas": True},
+    "SGM Uniform": TRAILING,
+}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+PLMS = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"{sampler} {schedule}".strip(): (kind, extra | spacing)
+        for sampler, (kind, extra) in SCHEDULED_SAMPLERS.items()
+        for schedule, spacing in SCHEDULE_TYPES.items()
+    },
+    "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
+    "Euler a SGM Uniform": ("EulerAncestralDiscreteScheduler", TRAILING),
+    "UniPC": ("UniPCMultistepScheduler", LINSPACE),
+    "DEIS": ("DEISMultistepScheduler", LINSPACE),
+    "LCM": ("LCMScheduler", {"original_inference_steps": 200}),  # the default, 50, refuses more steps than that
+    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
+    "PLMS": PLMS,
+    # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
+    "PNDM": PLMS,
+    "K_EULER": ("EulerDiscreteScheduler", {}),
+    "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
+    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
+}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
+NEEDS_SCIPY = ("klms", "lms", "lms karras")
 
 
-def build_scheduler(name: str, config: Any) -> Any:
+def scheduler_name(name: str, value: Any) -> str:
+    """A name of SCHEDULERS, capitals or not: "euler A" -> "Euler a". Raises InvalidInput."""
+    spelled = value.strip().lower() if isinstance(value, str) else ""
+    if spelled in NEEDS_SCIPY:
+        raise InvalidInput(f"{name} {value} needs SciPy, which this worker does without: use K_EULER")
+    return one_of(SCHEDULERS)(name, {known.lower(): known for known in SCHEDULERS}.get(spelled, value))
+
+
+def build_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
+    """The scheduler of SCHEDULERS on the checkpoint's own configuration, whose prediction type and noise schedule stay.
+
+    config: the pipeline's first scheduler's, never that of the last job's.
+    """
     kind, extra = SCHEDULERS[name]
+    if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
+        extra = extra | TRAILING
     return getattr(diffusers, kind).from_config(config, **extra)
 
 
@@ -951,11 +1259,11 @@ FIELDS = {
     "guidance_scale": Field(number(1, 30), 4.5, also=("cfg_scale",)),
     "seed": Field(seed, None),
     "num_images": Field(whole(1, 4), 1, also=("batch_size",)),
-    "scheduler": Field(one_of(SCHEDULERS), DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
+    "scheduler": Field(scheduler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
     "clip_skip": Field(whole(1, 12), 2),
     "long_prompt": Field(one_of(LONG_PROMPT_MODES), "blend"),
     "loras": Field(lora_list, None),
-    "image_format": Field(one_of(IMAGE_FORMATS), "png"),
+    "image_format": Field(one_of(ENCODINGS), "png"),
     "embed_metadata": Field(switch, True),
 }
 
@@ -1116,7 +1424,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     # 1. all that can be refused, before anything costs
     settings = Settings.from_environ()
     request = parse_request(job.get("input") if isinstance(job, dict) else None, settings)
-    parse_s3_config(job)
+    bucket = parse_s3_config(job) or settings.bucket
     # 2. the models, where the start has not loaded them
     pipe, encoder = WORKER.ready()
     # 3. the GPU's work, one job at a time
@@ -1125,17 +1433,19 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         started = time.monotonic()
         images, conditioning = generate(pipe, encoder, request, timings, observer)
         metadata = describe(request, settings, pipe.lora_stack, conditioning)
-    # 4. files and addresses, beside the next job's GPU work
+    # 4. files and links, beside the next job's GPU work
+    answer = {"images": [], "seed": request.seed, "metadata": metadata}
     with timings("images", gpu=False):
-        files = encode_images(images, request.image_format)
-    metadata |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
+        recipes = image_recipes(request, settings, pipe.model_files, metadata["loras"])
+        answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
+    answer["metadata"] |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
     log.info(
         "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
         *(job_id, request.num_images, request.width, request.height, request.seed),
         *(conditioning.prompt_chunks, conditioning.negative_prompt_chunks),
-        *(metadata["processing_time"], timings.seconds),
+        *(answer["metadata"]["processing_time"], timings.seconds),
     )
-    return {"images": [base64.b64encode(file).decode() for file in files], "seed": request.seed, "metadata": metadata}
+    return answer
 
 
 DESCRIBED = (
@@ -1206,7 +1516,7 @@ def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer
         observer.step(step + 1, request.steps)
         return {}
 
-    pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config)
+    pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config, request.steps)
     return pipe(
         prompt_embeds=conditioning.prompt_embeds,
         negative_prompt_embeds=conditioning.negative_prompt_embeds,
