@@ -58,8 +58,8 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     # clip_skip goes to 12: each text encoder needs 12 layers. Its hidden sizes differ: so diffusers tells them apart.
     "tiny": {
         "unet": {
-            "block_out_channels": [32, 64, 64],
-            "attention_head_dim": [1, 2, 2],
+            "block_out_channels": [16, 32, 64],
+            "attention_head_dim": [1, 1, 2],
             "transformer_layers_per_block": [1, 1, 2],
             "cross_attention_dim": 32 + 64,
             "addition_time_embed_dim": 8,
