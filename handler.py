@@ -1326,9 +1326,8 @@ def replace_surrogates(values: dict[str, Any], name: str) -> list[str]:
 def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[str]) -> dict[str, float]:
     """The job's stack, adapter -> scale: its `loras` or the configured ones, then the prompt's <lora:…> tags."""
     stack = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
-    known = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()} | {
-        n: n for n in stack
-    }
+    files = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()}
+    known = files | {name: name for name in stack}
     if values["loras"] is None:
         chosen = {name: config["scale"] for name, config in stack.items()}
     else:
@@ -1456,21 +1455,8 @@ DESCRIBED = (
 
 def describe(request: JobRequest, settings: Settings, stack: LoraStack, conditioning: Conditioning) -> dict[str, Any]:
     """The answer's metadata, apart from times."""
-    failed = [
-        f"LoRA {name} is not in the picture: {stack.failed[name]}" for name in request.loras if name in stack.failed
-    ]
-    names = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "steps",
-        "guidance_scale",
-        "seeds",
-        "scheduler",
-        "clip_skip",
-    )
-    return {name: getattr(request, name) for name in (*names, "long_prompt", "image_format")} | {
+    failed = [f"LoRA {name} was left out: {stack.failed[name]}" for name in request.loras if name in stack.failed]
+    return {name: getattr(request, name) for name in DESCRIBED} | {
         "prompt_chunks": conditioning.prompt_chunks,
         "negative_prompt_chunks": conditioning.negative_prompt_chunks,
         "model": settings.checkpoint["name"],
@@ -1513,7 +1499,7 @@ def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer
     """Latents (num_images, 4, height/8, width/8). Image i is drawn from seeds[i] with a CPU generator of its own."""
 
     def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        observer.step(step + 1, request.steps)
+        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
         return {}
 
     pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config, request.steps)
