@@ -24,8 +24,10 @@ import asyncio
 import base64
 import ctypes
 import difflib
+import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib
 import io
@@ -33,6 +35,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -41,15 +44,17 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urljoin, urlsplit
 
 from PIL import Image, PngImagePlugin
 
@@ -66,6 +71,7 @@ class Lazy:
 
 
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
+requests, urllib3, tqdm = Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
 aiohttp = Lazy("aiohttp")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
@@ -76,7 +82,7 @@ log = logging.getLogger("worker")
 # configuration
 
 MB = 1_000_000  # RunPod's limits count in these
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 CIVITAI = "https://civitai.com"
 SAFETENSOR_QUERY = "type=Model&format=SafeTensor"
 
@@ -342,6 +348,17 @@ class UploadFailed(WorkerError):
 # ---------------------------------------------------------------------------------------------------------------------
 # downloads
 
+USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
+CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
+MIN_PIECE, MAX_PIECE = 2 * MIB, 32 * MIB  # what one request asks for
+MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.025  # what one read takes, and about how long
+CONNECT_S, STALL_S = 10.0, 30.0
+TRIES, FEW_TRIES = 8, 3  # in a row, without progress
+FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
+BEAT_S, POLL_S, DEAD_S = 5.0, 1.0, 40.0  # of a lock: changed so often, looked at so often, dead after so long
+REPORT_S, LISTING_S = 5.0, 5.0
+READERS = 8
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -352,15 +369,809 @@ class ModelFiles:
     failed: dict[str, str]  # adapter name -> why it could not be had
 
 
-# stand-in until the downloads land: takes what lies in the store
 def fetch_models(settings: Settings) -> ModelFiles:
-    names = adapter_names(settings.loras)
-    loras = {n: settings.lora_dir / c["filename"] for n, c in zip(names, settings.loras, strict=True)}
-    return ModelFiles(settings.checkpoint_dir / settings.checkpoint["filename"], loras, {})
+    """The checkpoint and all LoRAs, fetched side by side where they are not in place.
+
+    Raises DownloadError for the checkpoint; a LoRA that cannot be had is named in `failed`.
+    """
+    client, loras, failed = Client(settings), {}, {}
+    with FetchProgress() as progress:
+        checkpoint = in_background(start_file, settings.checkpoint, settings.checkpoint_dir, client, progress)
+        stack = zip(adapter_names(settings.loras), settings.loras, strict=True)
+        futures = {name: in_background(start_file, c, settings.lora_dir, client, progress) for name, c in stack}
+        path = checkpoint.result()
+        for name, future in futures.items():
+            try:
+                loras[name] = future.result()
+            except DownloadError as error:
+                failed[name] = str(error)
+                log.warning("%s (%s)", error, error.detail)
+    return ModelFiles(path, loras, failed)
 
 
-def recorded_sha256(_path: Path) -> str | None:
-    return None
+def setup_models() -> tuple[Path, dict[str, Path]]:
+    """Makes the configured models ready: the checkpoint's path, and adapter name -> LoRA path of those to be had."""
+    files = fetch_models(Settings.from_environ())
+    return files.checkpoint, files.loras
+
+
+def ensure_model_exists(config: dict[str, Any], model_dir: Path) -> Path:
+    """The path of the config's file in model_dir, fetched where it is missing or unusable.
+
+    config: {"name", "url", "filename"}, and "sha256" where the file must have it. Raises DownloadError.
+    """
+    client = Client(Settings.from_environ())
+    with FetchProgress() as progress:
+        return Download(Model.of(config, Path(model_dir), client), client, progress).ensure()
+
+
+def download_file(url: str, filepath: Path) -> None:
+    """Fetches a file, from Civitai or any other server, whether or not one is in place already.
+
+    Raises DownloadError; filepath never holds a partial or wrong file.
+    """
+    client, filepath = Client(Settings.from_environ()), Path(filepath)
+    config = {"name": filepath.name, "url": url, "filename": filepath.name}
+    with FetchProgress() as progress:
+        Download(Model.of(config, filepath.parent, client), client, progress).ensure(again=True)
+
+
+def start_file(config: dict[str, Any], folder: Path, client: Client, progress: FetchProgress) -> Path:
+    """ensure_model_exists for a cold start: reads a file that was in place ahead of its use."""
+    download = Download(Model.of(config, folder, client), client, progress)
+    path = download.ensure()
+    if not download.fetched:  # what was fetched is in the page cache
+        in_background(read_ahead, path)
+    return path
+
+
+def read_ahead(path: Path) -> None:
+    """Brings a file into the page cache with eight reads at a time.
+
+    from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
+    worse on a network volume. Nobody waits for this: the mapped pages come no later for it.
+    """
+    chunks = iter(range(0, path.stat().st_size, MAX_PIECE))  # shared: next() of a range iterator is atomic
+
+    def read() -> None:
+        buffer = bytearray(MIB)
+        with path.open("rb", buffering=0) as file:
+            for chunk in chunks:
+                for offset in range(chunk, chunk + MAX_PIECE, MIB):
+                    os.preadv(file.fileno(), [buffer], offset)
+
+    for _ in range(READERS):
+        in_background(read)
+
+
+# what is in place
+
+
+def record_file(path: Path) -> Path:
+    """Where the store notes what it knows of a file: {"size", "mtime_ns", "sha256"}."""
+    return path.with_name(f".{path.name}.json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The note on a file; {} where there is none that can be read."""
+    try:
+        record = json.loads(record_file(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
+    """Notes a file's stamp and hash, whole or not at all."""
+    record = record_file(path)
+    temporary = record.with_name(f"{record.name}.{secrets.token_hex(4)}")
+    temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
+    temporary.replace(record)
+
+
+def is_untouched(record: Mapping[str, Any], stat: os.stat_result) -> bool:
+    """Whether a file is the one that was noted. The times are both the file server's, so its clock does not matter."""
+    return (record.get("size"), record.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, or was
+    put there by hand."""
+    record = read_record(path)
+    return record.get("sha256") if is_untouched(record, path.stat()) else None
+
+
+def content_problem(path: Path, name: str) -> str:
+    """Why a file cannot be a model, "" where it can. A safetensors header tells the size of the whole file."""
+    if path.stat().st_size == 0:
+        return "is empty"
+    if not name.endswith(".safetensors"):
+        return ""
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            return ""
+    except (safetensors.SafetensorError, OSError):
+        return "is no whole safetensors file"
+
+
+# one HTTP client for all files
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: what a key is bound to."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def is_safe_redirect(url: str) -> bool:
+    """https, or http on this very machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return True
+    loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", parts.hostname or "")
+    return parts.scheme == "http" and loopback is not None
+
+
+class Fault(Exception):
+    """Something that another try may cure, and how many tries in a row it is worth."""
+
+    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.tries, self.wait_s, self.began = tries, wait_s, 0.0
+
+
+@contextmanager
+def network_faults() -> Iterator[None]:
+    """Turns what the HTTP libraries raise into Fault. Their texts quote signed links, so only the type is kept."""
+    try:
+        yield
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if isinstance(error, ValueError):  # InvalidURL and its like
+            raise DownloadError("a model's address is not a valid URL", detail=type(error).__name__) from None
+        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+            raise Fault(f"the server sent nothing for {STALL_S:.0f} s") from None
+        raise Fault(f"the connection failed ({type(error).__name__})") from None
+
+
+class Client:
+    """HTTP as Civitai wants it: the key for its host alone, redirects to safe addresses alone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.base_url, self.key = settings.civitai_base_url, settings.civitai_api_key
+        self.budget = threading.BoundedSemaphore(CONNECTIONS)
+        self.session = requests.Session()
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
+
+    def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
+        """The open response at the end of a chain of redirects. Raises Fault or DownloadError."""
+        history: list[Any] = []
+        while len(history) < 5:
+            headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+            headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
+            if self.key and origin(url) == origin(self.base_url):
+                headers["Authorization"] = f"Bearer {self.key}"
+            with network_faults():
+                response = self.session.get(
+                    url,
+                    headers=headers,
+                    auth=lambda request: request,  # without it, a .netrc would replace the key
+                    allow_redirects=False,
+                    stream=True,
+                    timeout=(CONNECT_S, stall_s or STALL_S),
+                )
+            if not response.is_redirect:
+                response.history = history
+                return response
+            response.close()
+            history.append(response)
+            url = urljoin(url, response.headers["location"])
+            if not is_safe_redirect(url):
+                raise DownloadError("a download was redirected to an address without encryption", detail=origin(url))
+        raise Fault("the server redirects in circles", FEW_TRIES)
+
+    def listed_sha256(self, model: Model, size: float) -> str | None:
+        """The hash that Civitai publishes for a model's file of `size` bytes; None where it tells none."""
+        for _ in range(2 if model.version else 0):
+            try:
+                url = f"{self.base_url}/api/v1/model-versions/{model.version}"
+                with self.get(url, stall_s=LISTING_S) as response, network_faults():
+                    response.raise_for_status()
+                    return pick_sha256(response.json()["files"], size, urlsplit(model.url).query)
+            except (Fault, DownloadError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("%s: Civitai tells no hash: %s", model, error)
+        return None
+
+
+def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
+    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
+    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
+    wanted = dict(parse_qsl(query))
+
+    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
+        metadata = file.get("metadata") or {}
+        return (
+            abs(file.get("sizeKB", 0) * 1024 - size) < 1,
+            file.get("type") == wanted.get("type"),
+            sum(metadata.get(name) == value for name, value in wanted.items()),
+            bool(file.get("primary")),
+        )
+
+    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
+    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
+
+
+# one worker at a time
+
+
+@functools.cache
+def machine() -> str:
+    """The running kernel and its PID namespace: where a process id means one process. Random where neither shows."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return f"{boot}{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    except OSError:
+        return secrets.token_hex(8)
+
+
+def new_owner() -> str:
+    """A name for one piece of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
+    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
+    found = re.fullmatch(r"(\w+)-(\d+)-\w+", owner)
+    if found and found[1] == machine():
+        try:
+            os.kill(int(found[2]), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+    return bool(found) and found[1] == "free"
+
+
+class StoreLock:
+    """One worker at a time fetches a file; `with` waits for its turn.
+
+    The lock is a file made with O_EXCL, which network file systems keep where flock silently does nothing. Its owner
+    writes a beat into it; an owner whose beat has not changed for DEAD_S of our own clock is dead. Where O_EXCL does
+    nothing either, several fetch the same file under names of their own, and the result is still right.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.owner = path, path.with_name(f".{path.name}.lock"), new_owner()
+        self.dead: set[str] = set()
+        self.waited = False
+        self.released = threading.Event()
+
+    def __enter__(self) -> StoreLock:
+        seen, since = "", time.monotonic()
+        while not self.take():
+            beat = self.read()
+            if beat != seen:
+                seen, since = beat, time.monotonic()
+            if is_gone(beat.split(" ")[0]) or time.monotonic() - since > DEAD_S:
+                self.clear_away(beat)
+                continue
+            if not self.waited:
+                log.info("%s: another worker is fetching it; waiting", self.path.name)
+            self.waited = True
+            time.sleep(POLL_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        if self.read().startswith(self.owner):
+            self.file.unlink(missing_ok=True)
+
+    def take(self) -> bool:
+        """Whether the lock is ours now."""
+        try:
+            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        os.write(descriptor, f"{self.owner} 0".encode())
+        in_background(self.beat, descriptor)
+        return True
+
+    def beat(self, descriptor: int) -> None:
+        """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
+        count = 0
+        while not self.released.wait(BEAT_S):
+            count += 1
+            os.pwrite(descriptor, f"{self.owner} {count}".encode(), 0)
+            os.fsync(descriptor)  # a network file system shows it to others now
+        os.close(descriptor)
+
+    def read(self) -> str:
+        """The lock's owner and beat; "" where it has gone."""
+        try:
+            return self.file.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def clear_away(self, beat: str) -> None:
+        """Removes the lock of the dead, unless it is another's by now."""
+        log.warning("%s: the worker that was fetching it is gone; taking over", self.path.name)
+        self.dead.add(beat.split(" ")[0])
+        if self.read() == beat:
+            self.file.unlink(missing_ok=True)
+
+
+# one file
+
+
+class Part:
+    """The bytes of a file that have come, in any order, and a journal that survives `kill -9`.
+
+    .<name>.<owner>.part      the bytes, in their place
+    .<name>.<owner>.journal   what they are of, then 16 bytes for each block: its start and end
+    """
+
+    RECORD = struct.Struct("<QQ")
+
+    def __init__(self, path: Path, owner: str, identity: str, size: float) -> None:
+        self.path, self.identity, self.size = path, identity.encode(), size
+        self.data, self.journal = self.names(owner)
+        self.starts: dict[int, int] = {}  # start -> end of each range that has come,
+        self.ends: dict[int, int] = {}  # and end -> start
+        self.lock = threading.Lock()
+        self.open = True
+
+    def names(self, owner: str) -> tuple[Path, Path]:
+        """The files of an owner's part."""
+        return tuple(self.path.with_name(f".{self.path.name}.{owner}.{kind}") for kind in ("part", "journal"))
+
+    def owners(self) -> list[str]:
+        """All whose parts of this file lie in the store."""
+        names = (file.name for file in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.journal"))
+        return [name.removeprefix(f".{self.path.name}.").removesuffix(".journal") for name in names]
+
+    def begin(self, dead: set[str]) -> None:
+        """Opens the part, with what a dead worker left of the same file."""
+        for owner in self.owners():
+            if owner in dead or is_gone(owner):
+                if not self.starts:
+                    self.adopt(owner)
+                self.sweep(owner)
+        records = b"".join(self.RECORD.pack(*ends) for ends in self.starts.items())
+        self.journal.write_bytes(self.identity + b"\n" + records)
+        self.log = self.descriptor(self.journal, os.O_WRONLY | os.O_APPEND)
+        self.file = self.descriptor(self.data, os.O_RDWR | os.O_CREAT)
+
+    def descriptor(self, file: Path, flags: int) -> int:
+        """An open file that is closed with the last thread that uses this part: a number closed earlier could be
+        another file's by the time that a late thread writes."""
+        descriptor = os.open(file, flags, 0o644)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def adopt(self, owner: str) -> None:
+        """Takes an owner's part over, where it is of the same file."""
+        data, journal = self.names(owner)
+        identity, _, records = journal.read_bytes().partition(b"\n")
+        if identity != self.identity or not data.exists():
+            return
+        data.rename(self.data)
+        whole = len(records) - len(records) % self.RECORD.size  # the last one may be torn
+        for start, end in sorted(self.RECORD.iter_unpack(records[:whole])):
+            self.add(start, end)
+
+    def sweep(self, owner: str) -> None:
+        """Deletes an owner's part."""
+        for file in self.names(owner):
+            file.unlink(missing_ok=True)
+
+    def add(self, start: int, end: int) -> None:
+        """Notes that [start, end) has come, joined with its neighbours."""
+        start, end = self.ends.pop(start, start), self.starts.pop(end, end)
+        self.starts[start], self.ends[end] = end, start
+
+    def write(self, start: int, block: bytes) -> None:
+        """Puts a block into its place, then into the journal: a kill between the two costs no more than the block."""
+        if not self.open:
+            raise Fault("the download was given up")
+        view, at = memoryview(block), start
+        while at < start + len(block):
+            at += os.pwrite(self.file, view[at - start :], at)
+        with self.lock:
+            os.write(self.log, self.RECORD.pack(start, at))
+            self.add(start, at)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The ranges that have not come, in order."""
+        ranges = [(0, 0), *sorted(self.starts.items()), (self.size, self.size)]
+        gaps = ((end, start) for (_, end), (start, _) in pairwise(ranges))
+        return [(start, end) for start, end in gaps if start < end]
+
+    def sha256(self) -> str:
+        """The hash of the whole file, read behind the front of what has come."""
+        digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(MIB))
+        while at < self.size and self.open:
+            ready = min(self.starts.get(0, 0) - at, len(buffer))
+            if ready == 0:
+                time.sleep(BLOCK_S)
+                continue
+            ready = os.preadv(self.file, [buffer[:ready]], at)
+            digest.update(buffer[:ready])
+            at += ready
+        return digest.hexdigest()
+
+    def publish(self, sha256: str) -> None:
+        """Gives the file its name, with every byte on the disk before."""
+        os.fsync(self.file)
+        write_record(self.path, os.fstat(self.file), sha256)
+        with suppress(FileNotFoundError):  # where locks do nothing, another worker has published it and swept ours
+            self.data.replace(self.path)
+        sync_folder(self.path.parent)
+        for owner in self.owners():
+            self.sweep(owner)
+
+    def end(self, keep: bool) -> None:
+        """Leaves the bytes to whoever tries next, or deletes them. After publish() there is nothing left."""
+        self.open = False
+        data, journal = self.names(f"free-0-{secrets.token_hex(4)}")
+        for file, kept in ((self.data, data), (self.journal, journal)):
+            with suppress(FileNotFoundError):
+                file.rename(kept) if keep else file.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename last. Some network file systems cannot, and need not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A file to be had: what it is called, where it comes from and where it goes."""
+
+    name: str
+    url: str
+    path: Path
+    version: str  # Civitai's model version id; "" for a file from elsewhere
+    sha256: str | None  # that the file must have whatever Civitai says
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], folder: Path, client: Client) -> Model:
+        """A config's file, at the server that CIVITAI_BASE_URL names."""
+        parts = urlsplit(config["url"])
+        from_civitai = origin(config["url"]) in (origin(CIVITAI), origin(client.base_url))
+        url = f"{client.base_url}{parts.path}?{parts.query}" if from_civitai else config["url"]
+        sha256 = config.get("sha256")
+        version = version_id(config) if from_civitai else ""
+        return cls(config["name"], url, folder / config["filename"], version, sha256 and sha256.lower())
+
+    def __str__(self) -> str:
+        return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
+
+    def is_in_place(self) -> bool:
+        """Whether the store holds the file, fit for use. One that was touched, or put there by hand, is checked: by
+        its header, and by its hash where one is known."""
+        if not self.path.exists():
+            return False
+        record, stat = read_record(self.path), self.path.stat()
+        expected = self.sha256 or record.get("sha256")
+        if is_untouched(record, stat) and record.get("sha256") == expected:
+            return True
+        problem = content_problem(self.path, self.path.name)
+        if not problem and expected:
+            with self.path.open("rb") as file:
+                problem = "" if hashlib.file_digest(file, "sha256").hexdigest() == expected else "has another SHA256"
+        if problem:
+            log.warning("%s: the file in place %s: fetching it again", self, problem)
+            return False
+        with suppress(OSError):  # a volume may be read-only
+            write_record(self.path, stat, expected)
+        return True
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file's bytes come from, as the server describes it."""
+
+    link: str
+    size: float  # bytes; inf where the server does not tell
+    etag: str
+    whole: Any  # the open response with the whole file, where the server has no ranges
+
+    def identity(self, model: Model, sha256: str | None) -> str:
+        """What tells the bytes of this file from others. Without a hash to find lost writes in the end, bytes that
+        came on another machine, or before this one crashed, do not count."""
+        check = sha256 or f"{self.etag} {machine()}"
+        return hashlib.sha256(f"{urlsplit(model.url).path} {self.size} {check}".encode()).hexdigest()
+
+
+class Download:
+    """One file on its way into the store."""
+
+    def __init__(self, model: Model, client: Client, progress: FetchProgress) -> None:
+        self.model, self.client, self.progress = model, client, progress
+        self.fetched = False
+        self.moved()
+
+    def ensure(self, again: bool = False) -> Path:
+        """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
+        model = self.model
+        with disk_errors(model):
+            if not again and model.is_in_place():
+                return model.path
+            model.path.parent.mkdir(parents=True, exist_ok=True)
+            with StoreLock(model.path) as lock:
+                if (again and not lock.waited) or not model.is_in_place():
+                    self.fetch(lock)
+        return model.path
+
+    def fetch(self, lock: StoreLock) -> None:
+        """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
+        started = time.monotonic()
+        self.moved()
+        for _ in range(2):
+            problem = self.patiently(self.fetch_once, lock)
+            if not problem and self.model.is_in_place():
+                self.fetched = True
+                seconds, size = time.monotonic() - started, self.model.path.stat().st_size
+                log.info("%s: %.1f MB in %.1f s, %.1f MB/s", self.model, size / MB, seconds, size / MB / seconds)
+                return
+            log.warning("%s: what came %s: it was thrown away", self.model, problem)
+        raise DownloadError(f"{self.model} was refused, because what came {problem}, twice")
+
+    def fetch_once(self, lock: StoreLock) -> str:
+        """The file from the first request to its name. Returns what is wrong with what came."""
+        # 1. where it is, how long it is, and what hash it must have
+        self.source = self.ask()
+        expected = self.model.sha256 or self.client.listed_sha256(self.model, self.source.size)
+        # 2. room for it, and what others left of it
+        part = Part(self.model.path, lock.owner, self.source.identity(self.model, expected), self.source.size)
+        part.begin(lock.dead)
+        keep = False
+        try:
+            self.check_space(part)
+            hashing = in_background(part.sha256)
+            # 3. the bytes
+            problem = self.fetch_whole(part) if self.source.whole else self.fetch_ranges(part)
+            # 4. checks, and its name
+            problem = problem or content_problem(part.data, self.model.path.name)
+            if not problem and expected not in (None, hashing.result()):
+                problem = "has another SHA256 than the published file"
+            if not problem:
+                part.publish(hashing.result())
+            return problem
+        except (Fault, DownloadError):
+            keep = True
+            raise
+        finally:
+            part.end(keep)
+
+    def ask(self) -> Source:
+        """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
+        response = self.client.get(self.model.url, "0-0")
+        self.check_status(response, signed=bool(response.history))
+        etag = response.headers.get("etag") or response.headers.get("last-modified", "")
+        if response.status_code == 200:
+            return Source(response.url, float(response.headers.get("content-length", "inf")), etag, response)
+        found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
+        response.close()
+        if not found:
+            raise Fault("the server described a range wrongly", FEW_TRIES)
+        return Source(response.url, int(found[1]), etag, None)
+
+    def check_status(self, response: Any, signed: bool) -> None:
+        """Raises Fault for an answer that may pass, DownloadError for one that will not."""
+        status, said = response.status_code, f"the server answered {response.status_code}"
+        if status in (200, 206):
+            if response.headers.get("content-type", "").startswith("text/html"):
+                raise Fault("a web page came instead of the file; check CIVITAI_API_KEY", FEW_TRIES)
+            return
+        if status == 429 or status >= 500:
+            seconds = response.headers.get("retry-after", "")
+            raise Fault(f"{said}; try later", wait_s=float(seconds) if seconds.isdigit() else 0.0)
+        if signed:  # by Civitai, for a while
+            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
+        if status == 404:
+            raise Fault(f"{said}: check the version id", FEW_TRIES)
+        reasons = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought")
+        reasons[410] = "its creator or Civitai has removed it"
+        reason = reasons.get(status, "it refuses the request")
+        raise DownloadError(f"{self.model} cannot be downloaded, {said}: {reason}")
+
+    def check_space(self, part: Part) -> None:
+        """Refuses what cannot fit, before its first byte."""
+        needed = sum(end - start for start, end in part.missing() if end < math.inf)
+        volume = os.statvfs(part.data)
+        free = volume.f_bavail * volume.f_frsize
+        if volume.f_blocks and needed > free:  # some network file systems tell nothing
+            raise DownloadError(
+                f"{self.model} needs {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: "
+                "take a larger network volume, or another MODEL_CACHE_DIR"
+            )
+        self.progress.expect(needed)
+
+    def fetch_whole(self, part: Part) -> str:
+        """The bytes in one stream, from a server without ranges."""
+        at = 0
+        with self.client.budget, network_faults(), self.source.whole as response:
+            for block in blocks(response, self.source.size):
+                part.write(at, block)
+                at += len(block)
+                self.progress.got(len(block))
+        if self.source.size == math.inf:
+            part.size = at
+        if part.missing():
+            raise Fault("the server ended the file early")
+        return ""
+
+    def fetch_ranges(self, part: Part) -> str:
+        """The missing bytes over many connections: fewer where the server refuses some, more again as it answers.
+
+        Returns what is wrong where the file has changed in between.
+        """
+        todo, running, connections = deque(pieces(part.missing())), set(), CONNECTIONS
+        while todo or running:
+            while todo and len(running) < connections:
+                running.add(in_background(self.fetch_piece, part, *todo.popleft()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for start, end, fault in (future.result() for future in done):
+                if start < end:
+                    todo.appendleft((start, end))
+                if not fault:
+                    connections = min(connections + 1, CONNECTIONS)
+                elif fault.began > self.resumed:  # those that began before belong to a fault that was waited for
+                    connections = max(connections // 2, 1)
+                    self.bear(fault)
+                    if not self.is_unchanged(self.patiently(self.ask)):
+                        return "has changed in mid-download"
+        return ""
+
+    def fetch_piece(self, part: Part, start: int, end: int) -> tuple[int, int, Fault | None]:
+        """Fetches bytes [start, end): what is missing of them after it, and the fault that let it come nowhere."""
+        at, fault, link = start, None, self.source.link
+        with self.client.budget:
+            began = time.monotonic()
+            try:
+                with network_faults(), self.client.get(link, f"{start}-{end - 1}") as response:
+                    self.check_status(response, signed=link != self.model.url)
+                    self.check_range(response, start)
+                    for block in blocks(response, end - start):
+                        part.write(at, block)
+                        at += len(block)
+                        self.progress.got(len(block))
+                fault = Fault("the server sent nothing")
+            except Fault as error:
+                fault = error
+        fault.began = began
+        if at - start < min(end - start, MIN_BLOCK):
+            return at, end, fault
+        self.moved()
+        return at, end, None
+
+    def check_range(self, response: Any, start: int) -> None:
+        """Raises Fault for anything but bytes from `start` on of the same file."""
+        etag = response.headers.get("etag") or response.headers.get("last-modified", "")
+        described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
+        if not described or (int(described[1]), int(described[2])) != (start, self.source.size):
+            raise Fault("the server ignored a range")
+        if etag != self.source.etag:
+            raise Fault("the server sent another file")
+
+    def is_unchanged(self, source: Source) -> bool:
+        """Takes a new link to the file, unless what it leads to is another."""
+        if (source.size, source.etag) != (self.source.size, self.source.etag):
+            return False
+        self.source = source
+        return True
+
+    def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
+        """step(*args), again and again while its faults may pass."""
+        while True:
+            try:
+                return step(*args)
+            except Fault as fault:
+                self.bear(fault)
+
+    def bear(self, fault: Fault) -> None:
+        """Waits before the next try, or raises DownloadError where there have been enough."""
+        self.faults += 1
+        delay = fault.wait_s or min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
+        if self.faults >= fault.tries or time.monotonic() + delay > self.deadline:
+            raise DownloadError(f"{self.model} cannot be downloaded: {fault}") from None
+        log.warning("%s: %s; trying again in %.1f s", self.model, fault, delay)
+        time.sleep(delay)
+        self.resumed = time.monotonic()
+
+    def moved(self) -> None:
+        """Bytes came: faults count from here again."""
+        self.faults, self.resumed, self.deadline = 0, 0.0, time.monotonic() + PATIENCE_S
+
+
+@contextmanager
+def disk_errors(model: Model) -> Iterator[None]:
+    """Turns what the file system refuses into DownloadError, its path for the log alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
+            advice = "the model store is full, or its quota is used up: take a larger network volume"
+        else:
+            advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
+        raise DownloadError(f"{model} cannot be stored, {advice}", detail=error) from error
+
+
+def pieces(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cuts ranges into requests, the smaller the less is left, so that all connections end at about the same time."""
+    left = sum(end - start for start, end in ranges)
+    for start, end in ranges:
+        while start < end:
+            size = min(max(left // (2 * CONNECTIONS), MIN_PIECE), MAX_PIECE, end - start)
+            yield start, start + size
+            start, left = start + size, left - size
+
+
+def blocks(response: Any, left: float) -> Iterator[bytes]:
+    """At most `left` bytes of a body in blocks of about BLOCK_S each: short ones lose little to a kill, long ones cost
+    little CPU."""
+    size = MIN_BLOCK
+    while left > 0:
+        started = time.monotonic()
+        block = response.raw.read(min(size, left), decode_content=False)
+        if not block:
+            return
+        seconds, left = time.monotonic() - started, left - len(block)
+        yield block
+        if seconds < BLOCK_S / 2:
+            size = min(size * 2, MAX_BLOCK)
+        elif seconds > BLOCK_S * 2:
+            size = max(size // 2, MIN_BLOCK)
+
+
+class FetchProgress:
+    """Shows how far all files together are: a bar on a terminal, a line every REPORT_S in a log."""
+
+    def __init__(self) -> None:
+        self.expected = self.received = 0
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+
+    def __enter__(self) -> FetchProgress:
+        in_background(self.draw if sys.stderr.isatty() else self.report)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+
+    def expect(self, size: int) -> None:
+        """More bytes are to come."""
+        with self.lock:
+            self.expected += size
+
+    def got(self, size: int) -> None:
+        """Bytes came."""
+        with self.lock:
+            self.received += size
+
+    def draw(self) -> None:
+        """The bar."""
+        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False) as bar:
+            while not self.ended.wait(0.2):
+                bar.total = self.expected
+                bar.update(self.received - bar.n)
+
+    def report(self) -> None:
+        """The lines."""
+        before = 0
+        while not self.ended.wait(REPORT_S):
+            rate, before = (self.received - before) / REPORT_S, self.received
+            left = self.expected - self.received
+            if left > 0:
+                share, seconds = self.received / self.expected, left / rate if rate else math.inf
+                log.info(
+                    "models: %.0f %% of %.0f MB, %.1f MB/s, %.0f s left",
+                    *(100 * share, self.expected / MB, rate / MB, seconds),
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
