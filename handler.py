@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import ctypes
 import difflib
 import errno
@@ -29,6 +30,7 @@ import functools
 import gc
 import glob
 import hashlib
+import heapq
 import importlib
 import io
 import json
@@ -47,11 +49,11 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
@@ -73,7 +75,7 @@ class Lazy:
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
 requests, urllib3, tqdm = Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
-aiohttp = Lazy("aiohttp")
+aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
 
 log = logging.getLogger("worker")
@@ -1574,31 +1576,475 @@ def is_black(pixels: Any) -> Any:
 # prompts
 
 LONG_PROMPT_MODES = ("blend", "concat", "truncate")
+WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
+CHUNK_TOKENS = WINDOW - 2
+CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
+SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
+
+# What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
+SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+BORDER = re.compile(rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])")
+CLAUSE_END = re.compile(rf"[,.!?…，。！？、][\"')\]”’»」』]*[{SPACE}]*$")
+
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*)(?::([^:>]*)[^>]*)?>", re.IGNORECASE)
+SYNTAX = re.compile(
+    r"\\(?P<escaped>[()\[\]\\]?)"  # a backslash before anything else vanishes, as in A1111
+    r"|(?P<open>[(\[])"
+    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|(?P<close>[)\]])"
+    r"|(?P<stretch>\bBREAK\b)"
+    r"|[^\\()\[\]:B]+|.",
+    re.DOTALL,
+)
+CLOSING = {"(": ")", "[": "]"}
+FACTORS = {")": 1.1, "]": 1 / 1.1}
 
 
-# stand-in until the prompts land
 def split_lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    return prompt, []
+    """The prompt without its LoRA tags, and the tags: "a cat <lora:film:0.8>" -> ("a cat ", [("film", 0.8)]).
+
+    Without a scale it is 1.0; a scale that is no number is NaN, which no range lets pass. Where a tag has several (for
+    the text encoders, for the UNet, for blocks), the first counts.
+    """
+    tags = [(name.strip(), lora_scale(scale)) for name, scale in LORA_TAG.findall(prompt)]
+    return LORA_TAG.sub("", prompt), tags
+
+
+def lora_scale(text: str) -> float:
+    """The number in a LoRA tag: "0.8" -> 0.8, "" -> 1.0, "strong" -> NaN."""
+    try:
+        return float(text or 1.0)
+    except ValueError:
+        return math.nan
+
+
+def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
+    """A1111's prompt language: the stretches between BREAKs, each a list of texts with their weights.
+
+    "a (cat:1.3), [fog] BREAK b" -> [[("a ", 1.0), ("cat", 1.3), (", ", 1.0), ("fog", 0.91), (" ", 1.0)], [(" b", 1.0)]]
+    A bracket that is never closed acts on all that follows, one never opened is text. A BREAK between brackets is a
+    BREAK as well (A1111 would weigh it, and read it as a word).
+    """
+    texts: list[str | None] = []  # None is a BREAK
+    weights = torch.ones(len(prompt), dtype=torch.float64)
+    opened: dict[str, list[int]] = {")": [], "]": []}
+    for match in SYNTAX.finditer(prompt):
+        found, kind = match[0], match.lastgroup
+        if kind == "open":
+            opened[CLOSING[found]].append(len(texts))
+        elif kind in ("weight", "close") and opened[found[-1]]:
+            factor = float(match["weight"] or FACTORS[found[-1]])
+            weights[opened[found[-1]].pop() : len(texts)] *= factor  # innermost first: rounded as A1111 rounds
+        else:
+            texts.append(None if kind == "stretch" else match["escaped"] if kind == "escaped" else found)
+    for closing, starts in opened.items():
+        for start in starts:
+            weights[start : len(texts)] *= FACTORS[closing]
+    return join_texts(texts, weights.tolist())
+
+
+def join_texts(texts: list[str | None], weights: list[float]) -> list[list[tuple[str, float]]]:
+    """Stretches between BREAKs (None), in which neighbours of equal weight are joined."""
+    stretches: list[list[tuple[str, float]]] = [[]]
+    for text, weight in zip(texts, weights, strict=False):
+        if text is None:
+            stretches.append([])
+        elif stretches[-1] and stretches[-1][-1][1] == weight:
+            stretches[-1][-1] = stretches[-1][-1][0] + text, weight
+        else:
+            stretches[-1].append((text, weight))
+    return stretches
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which UTF-8 cannot carry."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def merge_symbols(ranks: Mapping[tuple[str, str], int], symbols: list[str]) -> list[str]:
+    """Byte-pair encoding of one word in n log n: its symbols -> its tokens. CLIPTokenizer's own loop is quadratic.
+
+    As in that loop, every occurrence of the best pair is merged, from left to right, before a new pair counts.
+    """
+    symbols = [*symbols, ""]  # the end, in no pair; [-1] is before the start too
+    after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
+    heap: list[tuple[int, int]] = []
+    changed: Iterable[int] = range(len(symbols) - 1)
+    while True:
+        for left in changed:
+            rank = ranks.get((symbols[left], symbols[after[left]])) if symbols[left] else None
+            if rank is not None:
+                heapq.heappush(heap, (rank, left))
+        if not heap:
+            return [symbol for symbol in symbols if symbol]
+        best, changed = heap[0][0], []
+        while heap and heap[0][0] == best:
+            left = heapq.heappop(heap)[1]
+            right = after[left]
+            if symbols[left] and ranks.get((symbols[left], symbols[right])) == best:  # else merged since it was pushed
+                symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+                after[left], before[after[right]] = after[right], left
+                changed += [before[left], left]
+
+
+def linear_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer with the same ids and no quadratic loop: for the slow one a copy that merges with merge_symbols."""
+    if not hasattr(tokenizer, "bpe_ranks"):
+        return tokenizer
+
+    @functools.cache
+    def bpe(word: str) -> str:
+        if word in tokenizer.cache:  # special tokens are there from the start
+            return tokenizer.cache[word]
+        return " ".join(merge_symbols(tokenizer.bpe_ranks, [*word[:-1], word[-1] + "</w>"]))
+
+    twin = copy.copy(tokenizer)
+    twin.bpe = bpe
+    return twin
+
+
+Tokens = tuple[list[str], ...]  # of one text, one list for each tokenizer
+Reader = Callable[[str], Tokens]
+
+
+def clip_reader(*tokenizers: Any, special_as_text: bool = False) -> Reader:
+    """A function text -> tokens that remembers what it has read.
+
+    SDXL's tokenizers differ: the second reads each "!" as its padding token, so "wow!!!" is two tokens for the first
+    and four for the second. special_as_text reads a written "<|endoftext|>" as the words that it is made of; as a
+    token it would end the prompt for the pooled embedding.
+    """
+    twins = [linear_tokenizer(tokenizer) for tokenizer in tokenizers]
+    words = {
+        token: twin.tokenize(f"<| {token[2:-2]} |>")
+        for twin in twins
+        for token in (twin.bos_token, twin.eos_token)
+        if special_as_text
+    }
+
+    @functools.cache
+    def read(text: str) -> Tokens:
+        return tuple([part for token in twin.tokenize(text) for part in words.get(token, [token])] for twin in twins)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt that no cut goes through: "cat, " -> tokens ["cat</w>", ",</w>"]."""
+
+    text: str
+    tokens: Tokens
+    weight: float = 1.0
+    continues: bool = False  # goes on with the word of the piece before
+
+    @property
+    def size(self) -> int:
+        """Tokens that it takes up in a chunk."""
+        return max(map(len, self.tokens))
+
+
+def cut_pieces(read: Reader, text: str, max_tokens: int, weight: float = 1.0) -> Iterator[Piece]:
+    """Pieces of at most max_tokens, whose texts, joined, are the text, and whose tokens, joined, are its tokens.
+
+    Pieces end at white space and at commas before a letter. What is longer than max_tokens is cut between its words
+    (Chinese and tag lists have no spaces), a longer word between its characters.
+    """
+    for part in BORDER.split(text):
+        whole = max(map(len, read(part))) <= max_tokens
+        for word in [part] if whole else cut_words(read, part):
+            for i, piece in enumerate(cut_characters(read, word, max_tokens)):
+                yield Piece(piece, read(piece), weight, continues=i > 0)
+
+
+def cut_words(read: Reader, text: str) -> list[str]:
+    """An unspaced text cut where a token ends a word: "cat,dog" -> ["cat", ",", "dog"].
+
+    Tokens spell the bytes of the cleaned text; how many of them a character makes up shows when it is read alone.
+    """
+
+    @functools.cache
+    def lengths(part: str) -> list[int]:
+        return [len(token.removesuffix("</w>")) for token in read(part)[0]]
+
+    places = accumulate(lengths(text))
+    ends = {place for place, token in zip(places, read(text)[0], strict=True) if token.endswith(("</w>", "text|>"))}
+    words, start, position = [], 0, 0
+    for character in regex.finditer(r"\X", text):  # with its accents, which CLIP's tokenizer composes
+        position += sum(lengths(character[0]))
+        if position in ends:
+            words.append(text[start : character.end()])
+            start = character.end()
+    return words if start == len(text) and position == sum(lengths(text)) else [text]
+
+
+def cut_characters(read: Reader, word: str, max_tokens: int) -> list[str]:
+    """[word], or where that is longer than max_tokens about equal parts that are not: only ids at the cuts change."""
+    size = max(map(len, read(word)))
+    if size <= max_tokens or len(word) == 1:
+        return [word]
+    parts = min(len(word), math.ceil(1.1 * size / max_tokens))
+    length = math.ceil(len(word) / parts)
+    halves = (word[i : i + length] for i in range(0, len(word), length))
+    return [piece for half in halves for piece in cut_characters(read, half, max_tokens)]
+
+
+def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
+    """Fills chunks of at most max_tokens, one after the other: 160 one-token words -> chunks of 75, 75, 10.
+
+    No tokens, no chunks. A piece that continues a word starts a chunk: glued to the piece before it would read as
+    other tokens.
+    """
+    chunks: list[list[Piece]] = []
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if size and (piece.continues or size + piece.size > max_tokens):
+            kept = len(chunk) if piece.continues else clause_end(chunk, max_tokens - piece.size)
+            chunks.append(chunk[:kept])
+            chunk = chunk[kept:]
+            size = sum(moved.size for moved in chunk)
+        chunk.append(piece)
+        size += piece.size
+    return [*chunks, chunk] if size else chunks
+
+
+def clause_end(chunk: list[Piece], room: int) -> int:
+    """How many pieces of a full chunk stay in it: up to the last comma or sentence end in its last 20 tokens, where
+    the next chunk has room for what follows; else all."""
+    moved = 0
+    for kept in range(len(chunk), 0, -1):
+        if CLAUSE_END.search(chunk[kept - 1].text):
+            return kept
+        moved += chunk[kept - 1].size
+        if moved >= CLAUSE_TOKENS or moved > room:
+            break
+    return len(chunk)
+
+
+def tokenize_chunks(tokenizer: Any, prompt: str, max_tokens: int = CHUNK_TOKENS) -> list[str]:
+    """Cuts a prompt, without reading any syntax in it, into texts of at most max_tokens tokens besides BOS and EOS.
+
+    Their token ids, joined, are the prompt's own: 160 one-token words -> texts of 75, 75 and 10 of them; "" -> [].
+    A cut prefers the last comma or sentence end in a chunk's last 20 tokens and goes through no word, but for one that
+    is longer than max_tokens: its pieces, joined, are its text. Lone surrogates become U+FFFD, which CLIP ignores.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    pieces = cut_pieces(clip_reader(tokenizer), well_formed(prompt), max_tokens)
+    return ["".join(piece.text for piece in chunk).strip(SPACE) for chunk in pack_chunks(pieces, max_tokens)]
+
+
+def chunk_prompt(read: Reader, prompt: str, long_prompt: str) -> list[list[Piece]]:
+    """A job's prompt, its syntax read, in chunks; at least one. "truncate" leaves all in one, which the window cuts.
+
+    BREAK fills a chunk, be it empty: "a BREAK b" -> 2 chunks, "BREAK a" -> 2, "a BREAK" -> 1, as in A1111.
+    """
+    stretches = parse_prompt(split_lora_tags(prompt)[0])
+    if long_prompt == "truncate":
+        return [[Piece(text, read(text), weight) for text, weight in stretches[0]]]
+    chunks: list[list[Piece]] = []
+    for stretch in stretches:
+        pieces = (piece for text, weight in stretch for piece in cut_pieces(read, text, CHUNK_TOKENS, weight))
+        chunks += pack_chunks(pieces, CHUNK_TOKENS) or [[]]
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
+
+
+@dataclass(frozen=True)
+class ChunkState:
+    """What the text encoders make of one chunk."""
+
+    hidden: tuple[Any, ...]  # weighted, one an encoder: (1, 77, 768), (1, 77, 1280)
+    counts: tuple[int, ...]  # real tokens, one an encoder
+    pooled: Any  # (1, 1280), not weighted
+
+
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int) -> list[ChunkState]:
+    """All chunks in one batch through each text encoder, equal ones once."""
+    hidden, counts = [], []
+    encoders = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+    for k, (tokenizer, encoder) in enumerate(encoders):
+        tokens = [[token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS] for chunk in chunks]
+        rows = [window_ids(tokenizer, row) for row in tokens]
+        place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        output = encoder(torch.tensor(list(place), device=pipe._execution_device), output_hidden_states=True)
+        order = [place[row] for row in rows]
+        weights = torch.tensor([window_weights(chunk, k) for chunk in chunks]).unsqueeze(-1)  # (n, 77, 1)
+        states = output.hidden_states[-clip_skip][order]  # (n, 77, D)
+        states = (states * weights.to(states.device)).to(pipe.text_encoder_2.dtype)
+        hidden.append(states.split(1))
+        counts.append(map(len, tokens))
+    pooled = output.text_embeds[order].split(1)
+    return [
+        ChunkState(*state) for state in zip(zip(*hidden, strict=True), zip(*counts, strict=True), pooled, strict=True)
+    ]
+
+
+def window_ids(tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
+    """BOS, the tokens' ids, EOS, and the tokenizer's own padding: 77 ids."""
+    ids = (tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id)
+    return ids + (tokenizer.pad_token_id,) * (WINDOW - len(ids))
+
+
+def window_weights(chunk: list[Piece], k: int) -> list[float]:
+    """The weight of each of the 77 positions: 1.0 for BOS, EOS and padding."""
+    weights = [1.0, *(piece.weight for piece in chunk for _ in piece.tokens[k])][: CHUNK_TOKENS + 1]
+    return weights + [1.0] * (WINDOW - len(weights))
+
+
+def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None = None) -> Any:
+    """Blends n tensors (1, 77, D) into one (1, 77, D), in float32 at least; one comes back unchanged.
+
+    Position 0 is the first chunk's BOS. Every later position is the mean over the chunks that hold a real token there
+    (token_counts[i] of them in chunk i, at 1 to token_counts[i]), where none does over all: of chunks with 2 and 1
+    tokens position 1 is the mean of both, 2 is the first's, 3 and on are means of both. Without counts all are means.
+    """
+    if not text_chunks or any(chunk.shape != text_chunks[0].shape or len(chunk) != 1 for chunk in text_chunks):
+        raise ValueError(f"chunks must be tensors of one shape (1, 77, D), got {[tuple(c.shape) for c in text_chunks]}")
+    if token_counts is not None and len(token_counts) != len(text_chunks):
+        raise ValueError(f"{len(text_chunks)} chunks need as many token counts, got {len(token_counts)}")
+    if len(text_chunks) == 1:
+        return text_chunks[0]
+    dtype = text_chunks[0].dtype
+    chunks = torch.cat(list(text_chunks)).to(torch.promote_types(dtype, torch.float32))  # (n, 77, D)
+    counts = torch.tensor(token_counts or [0] * len(chunks), device=chunks.device)
+    real = torch.arange(chunks.shape[1], device=chunks.device) <= counts.unsqueeze(1)  # (n, 77)
+    real = (real | ~real.any(dim=0)).unsqueeze(-1)
+    blended = torch.where(real, chunks, 0).sum(dim=0) / real.sum(dim=0)  # (77, D)
+    blended[0] = chunks[0, 0]
+    return blended.unsqueeze(0).to(dtype)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt as the UNet takes it."""
+
+    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated
+    pooled: Any  # (1, 1280)
+    chunks: int
+
+    def to(self, device: Any) -> Encoded:
+        """The same on another device."""
+        return replace(self, embeds=self.embeds.to(device), pooled=self.pooled.to(device))
+
+
+def join_states(states: list[ChunkState], long_prompt: str) -> Encoded:
+    """Concatenated to (1, 77·n, 2048) with the first chunk's pooled embedding, or blended to (1, 77, 2048)."""
+    if long_prompt == "concat":
+        embeds = torch.cat([torch.cat(state.hidden, dim=-1) for state in states], dim=1)
+        return Encoded(embeds, states[0].pooled, len(states))
+    halves = [
+        build_77_token_tensor([state.hidden[k] for state in states], [state.counts[k] for state in states])
+        for k in range(len(states[0].hidden))
+    ]
+    pooled = torch.cat([state.pooled for state in states])
+    pooled = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
+    return Encoded(torch.cat(halves, dim=-1), pooled, len(states))
+
+
+def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOKENS) -> tuple[Any, Any]:
+    """The blended ((1, 77, 2048), (1, 1280)) of a prompt that is longer than CLIP's window, without reading any syntax
+    in it; (None, None) where it fits into the 77 tokens."""
+    if not 1 <= max_tokens <= CHUNK_TOKENS:
+        raise ValueError(f"max_tokens must be from 1 to {CHUNK_TOKENS}, got {max_tokens}")
+    read, prompt = clip_reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
+    if max(map(len, read(prompt))) <= CHUNK_TOKENS:
+        return None, None
+    with torch.no_grad():
+        states = encode_chunks(pipe, pack_chunks(cut_pieces(read, prompt, max_tokens), max_tokens), clip_skip=2)
+        encoded = join_states(states, "blend")
+    return encoded.embeds, encoded.pooled
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    prompt_embeds: Any
-    negative_prompt_embeds: Any
-    pooled_prompt_embeds: Any
+    """Both prompts of a job, as the pipeline takes them."""
+
+    prompt_embeds: Any  # (1, 77·n, 2048)
+    negative_prompt_embeds: Any  # the same shape; None without guidance
+    pooled_prompt_embeds: Any  # (1, 1280)
     negative_pooled_prompt_embeds: Any
-    prompt_chunks: int = 1
-    negative_prompt_chunks: int = 1
+    prompt_chunks: int
+    negative_prompt_chunks: int  # 0 where the negative prompt is empty or has no effect
     warnings: tuple[str, ...] = ()
 
 
 class PromptEncoder:
+    """Encodes the prompts of jobs, and remembers the last ones."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self.seen: dict[Hashable, Encoded] = {}  # in host memory, the last used at the end
 
-    def encode(self, prompt: str, negative_prompt: str, **_: Any) -> Conditioning:
-        a, b, c, d = self.pipe.encode_prompt(prompt, negative_prompt=negative_prompt)
-        return Conditioning(a, b, c, d)
+    def encode(
+        self, prompt: str, negative_prompt: str, *, long_prompt: str, clip_skip: int, stack: Hashable, guidance: bool
+    ) -> Conditioning:
+        """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on.
+
+        An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained. Where the
+        batch fails each prompt is tried alone, and where that fails cut to its first 75 tokens, with a warning.
+        """
+        prompts = {"prompt": prompt}
+        if guidance and split_lora_tags(negative_prompt)[0].strip():
+            prompts["negative prompt"] = negative_prompt
+            if long_prompt == "concat":
+                prompts["filling"] = ""
+        options = long_prompt, clip_skip, stack
+        warnings: list[str] = []
+        try:
+            encoded = self.encode_prompts(list(prompts.values()), *options)
+        except Exception as error:  # noqa: BLE001 - the contract's fallback: all but the GPU's failures
+            raise_gpu_failure(error)
+            encoded = [self.encode_alone(name, prompt, warnings, *options) for name, prompt in prompts.items()]
+        return condition([side.to(self.pipe._execution_device) for side in encoded], guidance, tuple(warnings))
+
+    def encode_prompts(self, prompts: list[str], long_prompt: str, clip_skip: int, stack: Hashable) -> list[Encoded]:
+        """The prompts, those not seen before in one batch."""
+        keys = {prompt: (prompt, long_prompt, clip_skip, stack) for prompt in prompts}
+        new = [prompt for prompt, key in keys.items() if key not in self.seen]
+        if new:
+            read = clip_reader(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True)
+            chunks = {prompt: chunk_prompt(read, prompt, long_prompt) for prompt in new}
+            states = iter(encode_chunks(self.pipe, list(chain(*chunks.values())), clip_skip))
+            for prompt in new:
+                own = list(islice(states, len(chunks[prompt])))
+                self.seen[keys[prompt]] = join_states(own, long_prompt).to("cpu")
+        for key in keys.values():
+            self.seen[key] = self.seen.pop(key)
+        while len(self.seen) > SEEN_PROMPTS:
+            del self.seen[next(iter(self.seen))]
+        return [self.seen[keys[prompt]] for prompt in prompts]
+
+    def encode_alone(self, name: str, prompt: str, warnings: list[str], long_prompt: str, *options: Any) -> Encoded:
+        """One prompt; where its chunks cannot be encoded, its first 75 tokens and a warning."""
+        try:
+            return self.encode_prompts([prompt], long_prompt, *options)[0]
+        except Exception as error:  # noqa: BLE001 - as in encode
+            raise_gpu_failure(error)
+            log.warning("the chunks of the %s could not be encoded: %r", name, error)
+            warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
+            return self.encode_prompts([prompt], "truncate", *options)[0]
+
+
+def raise_gpu_failure(error: Exception) -> None:
+    """Raises what no other way of encoding would cure: out of memory, and CUDA errors."""
+    failure = explain(error)
+    if isinstance(failure, OutOfMemory | GpuLost):
+        raise failure from error
+
+
+def condition(sides: list[Encoded], guidance: bool, warnings: tuple[str, ...]) -> Conditioning:
+    """Prompt, negative prompt where it has an effect, and the empty chunk that fills up the shorter of the two."""
+    positive, *rest = sides
+    embeds, pooled = positive.embeds, positive.pooled
+    if not rest:
+        zeros = (torch.zeros_like(embeds), torch.zeros_like(pooled)) if guidance else (None, None)
+        return Conditioning(embeds, zeros[0], pooled, zeros[1], positive.chunks, 0, warnings)
+    negative, *filling = rest
+    missing = (negative.embeds.shape[1] - embeds.shape[1]) // WINDOW
+    negative_embeds = torch.cat([negative.embeds, *(side.embeds for side in filling * -missing)], dim=1)
+    embeds = torch.cat([embeds, *(side.embeds for side in filling * missing)], dim=1)
+    return Conditioning(embeds, negative_embeds, pooled, negative.pooled, positive.chunks, negative.chunks, warnings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
