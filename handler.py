@@ -1930,7 +1930,7 @@ class Encoded:
 
 def join_states(states: list[ChunkState], long_prompt: str) -> Encoded:
     """Concatenated to (1, 77·n, 2048) with the first chunk's pooled embedding, or blended to (1, 77, 2048)."""
-    if long_prompt == "concat":
+    if long_prompt == "concat" or len(states) == 1:
         embeds = torch.cat([torch.cat(state.hidden, dim=-1) for state in states], dim=1)
         return Encoded(embeds, states[0].pooled, len(states))
     halves = [
