@@ -1352,7 +1352,7 @@ def read_lora(pipe: Any, file: Path, modules: Mapping[str, Any]) -> dict[str, Fa
             shares |= component_factors(component, state, alphas, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadLora("the file is damaged or not a safetensors file") from error
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise BadLora("made for another base model: its layers are not named like SDXL's") from error
     if unknown := len(state) // 2 - len(shares.keys() & modules.keys()):
         raise BadLora(f"made for another base model: {unknown} of its {len(state) // 2} layers are not in SDXL")
@@ -1367,11 +1367,11 @@ def check_keys(keys: list[str]) -> None:
     for part, kind in OTHER_KINDS.items():
         if any(part in key for key in other):
             raise BadLora(f"{kind} weights are not supported: without them the LoRA would draw something else")
-    if len(other) == len(keys):
+    halves = Counter(LORA_KEY.sub("", key) for key in keys if LORA_KEY.search(key) and not key.endswith(".alpha"))
+    if not halves:
         raise BadLora("the file holds no LoRA weights")
     if other:
         raise BadLora(f"the file holds weights that are not a LoRA's, such as {other[0][:80]!r}")
-    halves = Counter(LORA_KEY.sub("", key) for key in keys if not key.endswith(".alpha"))
     if lonely := [layer for layer, count in halves.items() if count != 2]:
         raise BadLora(f"one half of {len(lonely)} of its {len(halves)} layers is missing")
 
@@ -1387,22 +1387,21 @@ def component_factors(component: str, state: Mapping[str, Any], alphas: Any, met
     else:
         tensors = diffusers.utils.convert_state_dict_to_diffusers(tensors)
         tensors = diffusers.utils.convert_state_dict_to_peft(tensors)
-    ups = {key.removesuffix(".lora_B.weight"): tensor for key, tensor in tensors.items() if ".lora_B." in key}
-    ranks = {name: up.shape[1] for name, up in ups.items()}
+    downs = {key.removesuffix(".lora_A.weight"): tensor for key, tensor in tensors.items() if ".lora_A." in key}
+    ranks = {name: down.shape[0] for name, down in downs.items()}
     if metadata:  # written by diffusers from 0.34 on
         config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
     else:
         own = {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(f"{component}.")}
         config = diffusers.utils.get_peft_kwargs(ranks, own, tensors, is_unet=component == "unet")
-    scalings = {name: peft_scaling(config, name, rank, bool(metadata)) for name, rank in ranks.items()}
-    return {name: Factors(up, tensors[f"{name}.lora_A.weight"], scalings[name]) for name, up in ups.items()}
+    alphas = {name: layer_alpha(config, name, bool(metadata)) for name in downs}
+    return {name: Factors(tensors[f"{name}.lora_B.weight"], downs[name], alphas[name] / ranks[name]) for name in downs}
 
 
-def peft_scaling(config: Mapping[str, Any], name: str, rank: int, patterns: bool) -> float:
-    """alpha / rank of a layer; where the file brings PEFT's own configuration, its patterns and rsLoRA count."""
-    layer = name.partition(".")[2]
-    key = peft.utils.other.get_pattern_key(config["alpha_pattern"], layer) if patterns else name
-    return config["alpha_pattern"].get(key, config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+def layer_alpha(config: Mapping[str, Any], name: str, patterns: bool) -> float:
+    """The alpha of a layer; the keys of alpha_pattern are regular expressions in a configuration of PEFT's own."""
+    key = peft.utils.other.get_pattern_key(config["alpha_pattern"], name.partition(".")[2]) if patterns else name
+    return config["alpha_pattern"].get(key, config["lora_alpha"])
 
 
 def check_factors(name: str, factors: Factors, weight: Any) -> None:
