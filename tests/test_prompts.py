@@ -1,0 +1,547 @@
+"""Prompts: A1111's language, and what the text encoders make of it, against tests/oracle.py and diffusers itself."""
+
+import base64
+import io
+import logging
+import math
+import random
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import handler
+
+ANY = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+JOB = {"long_prompt": "blend", "clip_skip": 2, "stack": (), "guidance": True}
+WORD = ["red", "brick", "house", "by", "the", "sea", "with", "white", "clouds"]
+LONG = " ".join(random.Random(0).choices(WORD, k=200)) + " "  # as many tokens
+
+
+def encode(encoder, prompt, negative="", **options):
+    with torch.inference_mode():
+        return encoder.encode(prompt, negative, **{**JOB, **options})
+
+
+def tensors(conditioning):
+    """In the order of diffusers' encode_prompt."""
+    return (
+        *(conditioning.prompt_embeds, conditioning.negative_prompt_embeds),
+        *(conditioning.pooled_prompt_embeds, conditioning.negative_pooled_prompt_embeds),
+    )
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert oracle.relative(a, b) < 1e-5
+
+
+@pytest.fixture
+def encoder(pipe):
+    """One that has seen nothing yet."""
+    return handler.PromptEncoder(pipe)
+
+
+@pytest.fixture
+def rows(pipe):
+    """The batch size of every forward of each text encoder."""
+    seen = {"text_encoder": [], "text_encoder_2": []}
+    hooks = [
+        getattr(pipe, name).register_forward_pre_hook(lambda _module, args, sizes=sizes: sizes.append(len(args[0])))
+        for name, sizes in seen.items()
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def refuse(pipe):
+    """refuse(condition, error) makes text_encoder raise for the ids that meet a condition."""
+    hooks = []
+
+    def refuse_ids(condition, error):
+        def hook(_module, args):
+            if condition(args[0]):
+                raise error
+
+        hooks.append(pipe.text_encoder.register_forward_pre_hook(hook))
+
+    yield refuse_ids
+    for hook in hooks:
+        hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the language
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        ("a [b", [("a ", 1.0), ("b", 1 / 1.1)]),
+        ("unopened) here]", [("unopened) here]", 1.0)]),
+        (r"\(literal\]", [("(literal]", 1.0)]),
+        (r"a \\ b \( c", [("a \\ b ( c", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        ("((a))", [("a", 1.1 * 1.1)]),
+        ("[a]", [("a", 1 / 1.1)]),
+        ("(a:1.3)", [("a", 1.3)]),
+        ("(a: .5 )", [("a", 0.5)]),
+        ("(a:-1)", [("a", -1.0)]),
+        ("a:1.3) b", [("a:1.3) b", 1.0)]),
+        ("(a:b)", [("a:b", 1.1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("[a:1.3]", [("a:1.3", 1 / 1.1)]),
+        ("(a:1.0) b", [("a b", 1.0)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                *(("a ", 1.0), ("house", 1.5730000000000004), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55)),
+                *((", sun, ", 1.1), ("sky", 1.4641000000000006), (".", 1.1)),
+            ],
+        ),
+    ],
+)
+def test_documented_cases(prompt, expected):
+    """A1111's own examples, and what its documentation says of brackets and escapes."""
+    assert handler.parse_prompt(prompt) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stretches"),
+    [
+        ("a BREAK b", ["a ", " b"]),
+        ("BREAK", ["", ""]),
+        ("a,BREAK,b", ["a,", ",b"]),
+        ("a BREAKS b_BREAK break", ["a BREAKS b_BREAK break"]),
+        ("(a BREAK b)", ["a ", " b"]),
+    ],
+)
+def test_break_is_the_upper_case_word_alone(prompt, stretches):
+    """BREAK splits a prompt, within brackets too; longer or lower-case words do not."""
+    assert ["".join(text for text, _ in stretch) for stretch in handler.parse_prompt(prompt)] == stretches
+
+
+def without_breaks(stretches):
+    """handler's stretches in the oracle's form: one list, None for a BREAK, no empty texts."""
+    parts = [part for stretch in stretches for part in [*stretch, None]][:-1]
+    return [part for part in parts if part is None or part[0]]
+
+
+@ANY
+@given(
+    st.one_of(
+        st.text(max_size=60),
+        st.lists(
+            st.sampled_from(
+                [
+                    *"()[]\\:,a b",
+                    "((",
+                    "))",
+                    ":1.3)",
+                    ": .5 )",
+                    ":-1)",
+                    ":1.2.3)",
+                    " BREAK ",
+                    "BREAKs",
+                    "cat",
+                    "漢字",
+                    "1.1",
+                ]
+            ),
+            max_size=40,
+        ).map("".join),
+    )
+)
+@example("foo(\\:1.3)bar")
+def test_parser_against_the_oracle(prompt):
+    """Any text parses, to what the oracle reads character by character."""
+    expected = [part for part in oracle.parse(prompt) if part is None or part[0]]
+    assert without_breaks(handler.parse_prompt(prompt)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "tags"),
+    [
+        ("a cat <lora:film:0.8>", "a cat ", [("film", 0.8)]),
+        ("<lora:a><lora:b:-1.5>x", "x", [("a", 1.0), ("b", -1.5)]),
+        ("(a <lora:my film (v2):.7>:1.2)", "(a :1.2)", [("my film (v2)", 0.7)]),
+        ("<lora:a:0.8:0.6> <lora:b:1:lbw=OUT> <lyco:c:1>", "  ", [("a", 0.8), ("b", 1.0), ("c", 1.0)]),
+        ("<lora:> <lora", " <lora", [("", 1.0)]),
+        ("a < b: c > d <x:y:1>", "a < b: c > d <x:y:1>", []),
+    ],
+)
+def test_lora_tags(prompt, text, tags):
+    """LoRA tags leave the text, with their name and first scale."""
+    assert handler.split_lora_tags(prompt) == (text, tags)
+
+
+def test_lora_tag_with_a_scale_that_is_no_number(pipe):
+    """Such a scale is refused, with the tag and the rule."""
+    assert math.isnan(handler.split_lora_tags("<lora:a:strong>")[1][0][1])
+    name = next(iter(pipe.lora_stack.applied))
+    answer = handler.handler({"input": {"prompt": f"a <lora:{name}:strong>"}})
+    assert answer["code"] == "INVALID_INPUT" and name in answer["error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors
+
+WORDS = [
+    *(
+        "cat",
+        "red",
+        "house",
+        "sea,",
+        "photo.",
+        "don't",
+        "wow!",
+        "what?!",
+        "naïve",
+        "漢字",
+        "🎉",
+        "1,000",
+        "a,b",
+        "long_hair",
+    ),
+    *("masterpiece,", "ultra-detailed", "#1", "…", "intricate", '"quoted."', "<|endoftext", "x" * 30),
+]
+
+
+def random_prompt(rng, most):
+    """Words with weights, brackets, BREAKs and escapes; no BREAK touches syntax."""
+    parts = []
+    for _ in range(rng.randint(1, most)):
+        word = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+        shape = rng.choices(
+            ["{}", "({})", "(({}))", "[{}]", "({}:%s)", "(", r"\({}\)", " BREAK "], [12, 2, 1, 2, 3, 0.1, 1, 0.7]
+        )[0]
+        if "%s" in shape:
+            shape %= rng.choice(["1.3", "0.5", "-0.4", "1", "0", "2.05"])
+        parts.append(shape.format(word))
+    return rng.choice([" ", ", "]).join(parts)
+
+
+@pytest.mark.parametrize("mode", ["blend", "concat"])
+@pytest.mark.parametrize("seed", range(75))
+def test_tensors_against_the_oracle(pipe, encoder, mode, seed):
+    """Random prompts with weights and BREAKs, in one to many chunks: all four tensors are the oracle's."""
+    rng = random.Random(seed)
+    prompt, negative = random_prompt(rng, 60), rng.choice(["", random_prompt(rng, 40)])
+    clip_skip = rng.choice([2, 2, 1, 3, 12])
+    found = encode(encoder, prompt, negative, long_prompt=mode, clip_skip=clip_skip)
+    assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip))
+    assert found.prompt_chunks == len(oracle.chunks(pipe, prompt)) and not found.warnings
+    assert found.negative_prompt_chunks == (len(oracle.chunks(pipe, negative)) if negative else 0)
+
+
+@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat",
+        "wow!!! ?! yes!",
+        "don't, they'll",
+        "日本語 🎉 naïve",
+        "cat " * 75,
+        "cat " * 73 + "x!",
+        "a: b",
+        " ",
+        "\u200b",
+    ],
+)
+def test_short_plain_prompts_are_diffusers_own(pipe, encoder, prompt, mode):
+    """Up to 75 tokens without syntax: the tensors of encode_prompt, "!" and all, for both prompts."""
+    found = encode(encoder, prompt, "blurry, ugly!!", long_prompt=mode)
+    assert_close(tensors(found), pipe.encode_prompt(prompt, negative_prompt="blurry, ugly!!"))
+    found = encode(encoder, "a dog", prompt, long_prompt=mode)
+    if prompt.strip():
+        assert_close(tensors(found), pipe.encode_prompt("a dog", negative_prompt=prompt))
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2, 3, 12])
+def test_clip_skip(pipe, encoder, clip_skip):
+    """hidden_states[-clip_skip] of both encoders, for both prompts; diffusers counts from the penultimate layer."""
+    found = encode(encoder, "a cat", "a dog", clip_skip=clip_skip)
+    for prompt, embeds in (("a cat", found.prompt_embeds), ("a dog", found.negative_prompt_embeds)):
+        assert_close([embeds], pipe.encode_prompt(prompt, clip_skip=clip_skip - 2)[:1])
+
+
+@pytest.mark.parametrize("prompt", [LONG, "x" * 2_000, "wow! " * 100])
+def test_truncate_is_what_the_encoder_does(pipe, encoder, prompt, caplog):
+    """long_prompt "truncate" gives encode_prompt's own tensors, and says one chunk."""
+    found = encode(encoder, prompt, prompt + "!", long_prompt="truncate")
+    assert_close(tensors(found), pipe.encode_prompt(prompt, negative_prompt=prompt + "!"))
+    assert (found.prompt_chunks, found.negative_prompt_chunks) == (1, 1)
+
+
+def test_emphasis_in_truncate_mode(pipe, encoder):
+    """Emphasis multiplies the hidden states of its tokens there as well; BREAK ends what the window holds."""
+    found = encode(encoder, "a (cat:1.5) BREAK dog", long_prompt="truncate").prompt_embeds
+    plain = pipe.encode_prompt("a cat")[0].clone()
+    plain[:, 2] *= 1.5
+    assert_close([found], [plain])
+
+
+@pytest.mark.parametrize("negative", ["", " \n", "<lora:a:1>", " <lora:a> "])
+@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+def test_empty_negative_prompt_is_zeros(encoder, negative, mode):
+    """Zeros of the prompt's length, embeddings and pooled, as SDXL was trained."""
+    found = encode(encoder, LONG, negative, long_prompt=mode)
+    assert found.negative_prompt_embeds.shape == found.prompt_embeds.shape
+    assert not found.negative_prompt_embeds.any() and not found.negative_pooled_prompt_embeds.any()
+    assert found.negative_prompt_chunks == 0
+
+
+def test_concat(pipe, encoder):
+    """n windows side by side; pooled of the first chunk; the shorter prompt filled up with encoded empty chunks."""
+    found = encode(encoder, LONG, "fog", long_prompt="concat")
+    assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape == (1, 77 * 3, 96)
+    assert (found.prompt_chunks, found.negative_prompt_chunks) == (3, 1)
+    first = handler.tokenize_chunks(pipe.tokenizer, LONG)[0]
+    empty = pipe.encode_prompt("")[0]
+    assert_close([found.pooled_prompt_embeds], [pipe.encode_prompt(first)[2]])
+    assert_close([found.negative_prompt_embeds], [torch.cat([pipe.encode_prompt("fog")[0], empty, empty], dim=1)])
+    turned = encode(encoder, "fog", LONG, long_prompt="concat")
+    assert_close(tensors(turned)[:2], tensors(found)[1::-1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        ("a BREAK b", 2),
+        ("a BREAK", 1),
+        ("BREAK a", 2),
+        ("BREAK", 1),
+        ("a BREAK BREAK b", 3),
+        ("", 1),
+        (LONG + "BREAK b", 4),
+    ],
+)
+def test_break_fills_its_chunk(encoder, prompt, chunks):
+    """A BREAK fills the chunk, be it empty, as A1111 does; one at the end opens none."""
+    found = encode(encoder, prompt, long_prompt="concat")
+    assert found.prompt_chunks == chunks and found.prompt_embeds.shape[1] == 77 * chunks
+
+
+@pytest.mark.parametrize(
+    "special", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "<|endo\x00ftext|>", "<\\|endoftext|>"]
+)
+def test_special_tokens_are_read_as_text(encoder, special):
+    """What follows a written special token still counts, for the pooled embedding too."""
+    cat, dog = (encode(encoder, f"a {special} {animal}") for animal in ("cat", "dog"))
+    assert not torch.equal(cat.prompt_embeds, dog.prompt_embeds)
+    assert not torch.equal(cat.pooled_prompt_embeds, dog.pooled_prompt_embeds)
+
+
+@settings(ANY, max_examples=60)
+@given(st.text(max_size=300), st.sampled_from(handler.LONG_PROMPT_MODES))
+def test_any_text_is_encoded(pipe, prompt, mode):
+    """Any Unicode text, short of lone surrogates, which jobs replace, gives finite tensors without a warning."""
+    found = encode(handler.PromptEncoder(pipe), prompt, prompt[::-1], long_prompt=mode)
+    assert all(tensor.isfinite().all() for tensor in tensors(found)) and not found.warnings
+
+
+@pytest.mark.parametrize("mode", ["blend", "concat"])
+def test_every_chunk_counts(encoder, mode):
+    """Another word at either end of any of eight chunks changes the tensor."""
+    words = ["tree"] * 600
+    plain = encode(encoder, " ".join(words), long_prompt=mode).prompt_embeds
+    for place in [p for start in range(0, 600, 75) for p in (start, start + 74)]:
+        changed = " ".join([*words[:place], "kitten", *words[place + 1 :]])
+        assert oracle.relative(encode(encoder, changed, long_prompt=mode).prompt_embeds, plain) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["blend", "concat"])
+@pytest.mark.parametrize("place", [0, 80, 155, 299])
+def test_every_chunk_changes_the_image(pipe, mode, place):
+    """A word in each of four chunks changes the picture."""
+
+    def picture(*words):
+        job = {"prompt": " ".join(words), "long_prompt": mode, "width": 256, "height": 256, "steps": 1, "seed": 3}
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(handler.handler({"input": job})["images"][0]))))
+
+    words = ["tree"] * 300
+    assert (picture(*words) != picture(*words[:place], "kitten", *words[place + 1 :])).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blending
+
+
+def test_blend_by_token_counts():
+    """Two chunks of 2 and 1 tokens: their own BOS, means where both hold tokens or none does, else the one's own."""
+    a, b = torch.randn(2, 1, 77, 8).unbind()
+    blended = handler.build_77_token_tensor([a, b], [2, 1])
+    mean = (a + b) / 2
+    assert torch.equal(blended[:, 0], a[:, 0]) and torch.equal(blended[:, 2], a[:, 2])
+    assert_close([blended[:, 1], blended[:, 3:]], [mean[:, 1], mean[:, 3:]])
+
+
+def test_blend_without_counts():
+    """The mean over all chunks, behind the first chunk's BOS."""
+    chunks = torch.randn(5, 1, 77, 8)
+    blended = handler.build_77_token_tensor(list(chunks))
+    assert torch.equal(blended[:, 0], chunks[0, :, 0])
+    assert_close([blended[:, 1:]], [chunks.mean(dim=0)[:, 1:]])
+
+
+def test_one_chunk_comes_back_unchanged():
+    """With and without counts."""
+    chunk = torch.randn(1, 77, 8)
+    assert torch.equal(handler.build_77_token_tensor([chunk]), chunk)
+    assert torch.equal(handler.build_77_token_tensor([chunk], [3]), chunk)
+
+
+def test_blend_of_half_precision():
+    """float16 chunks are summed in float32, where 133 of them do not overflow, and come back as float16."""
+    blended = handler.build_77_token_tensor([torch.full((1, 77, 4), 1000.0, dtype=torch.float16)] * 133, [75] * 133)
+    assert blended.dtype == torch.float16 and (blended == 1000).all()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "counts"),
+    [([], None), ([torch.ones(1, 77, 4)] * 2, [1]), ([torch.ones(1, 77, 4), torch.ones(1, 77, 5)], None)],
+)
+def test_blend_refuses_what_does_not_fit(chunks, counts):
+    """No chunks, another number of counts, or chunks of two shapes."""
+    with pytest.raises(ValueError, match="chunks"):
+        handler.build_77_token_tensor(chunks, counts)
+
+
+@pytest.mark.parametrize("max_tokens", [75, 40])
+def test_long_prompt_to_embedding(pipe, max_tokens):
+    """The blend of its text chunks, each as encode_prompt has it; syntax is text; pooled is the mean."""
+    prompt = "a (red:1.3) brick house by the sea BREAK " * 20
+    embeds, pooled = handler.long_prompt_to_embedding(pipe, prompt, max_tokens)
+    chunks = handler.tokenize_chunks(pipe.tokenizer, prompt, max_tokens)
+    encoded = [pipe.encode_prompt(chunk) for chunk in chunks]
+    counts = [len(pipe.tokenizer(chunk, add_special_tokens=False).input_ids) for chunk in chunks]
+    expected = handler.build_77_token_tensor([e[0] for e in encoded], counts)
+    assert_close([embeds, pooled], [expected, torch.stack([e[2] for e in encoded]).mean(dim=0)])
+
+
+@pytest.mark.parametrize("prompt", ["", "a cat", "cat " * 75])
+def test_short_prompts_need_no_blending(pipe, prompt):
+    """(None, None) for what fits into the 77 tokens."""
+    assert handler.long_prompt_to_embedding(pipe, prompt) == (None, None)
+    assert handler.long_prompt_to_embedding(pipe, "cat " * 76)[0] is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cost
+
+
+@pytest.mark.parametrize("mode", ["blend", "concat"])
+def test_one_batch_for_each_encoder(encoder, rows, mode):
+    """All chunks of both prompts go through each encoder at once, equal ones once."""
+    encode(encoder, LONG + "BREAK a BREAK a", "fog BREAK a", long_prompt=mode)
+    expected = 3 + 1 + 1 + (mode == "concat")  # LONG, a, fog, and the empty chunk that fills up
+    assert rows == {"text_encoder": [expected], "text_encoder_2": [expected]}
+
+
+def test_prompts_seen_before_cost_nothing(encoder, rows):
+    """The last 32 jobs' prompts are encoded once for a stack and a clip_skip, each prompt for itself."""
+    jobs = [(f"{i} {LONG}", f"fog {i}") for i in range(32)]
+    first = [tensors(encode(encoder, *job)) for job in jobs]
+    again = [tensors(encode(encoder, *job)) for job in jobs]
+    assert len(rows["text_encoder"]) == 32
+    assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    encode(encoder, jobs[0][1], jobs[5][0])
+    assert len(rows["text_encoder"]) == 32  # the other way round
+    for other in ({"stack": (("film", 1.0),)}, {"clip_skip": 1}, {"long_prompt": "concat"}):
+        before = len(rows["text_encoder"])
+        encode(encoder, *jobs[31], **other)
+        assert len(rows["text_encoder"]) == before + 1, other
+    encode(encoder, "new", jobs[31][1])
+    assert rows["text_encoder_2"][-1] == 1
+
+
+def test_memory_is_bounded(encoder):
+    """Of more prompts the oldest are forgotten."""
+    for i in range(handler.SEEN_PROMPTS + 10):
+        encode(encoder, f"cat {i}")
+    assert len(encoder.seen) == handler.SEEN_PROMPTS
+
+
+def test_without_guidance_the_negative_prompt_is_not_encoded(encoder, rows):
+    """guidance_scale 1 needs the prompt alone."""
+    found = encode(encoder, "a cat", LONG, guidance=False)
+    assert found.negative_prompt_embeds is None and found.negative_pooled_prompt_embeds is None
+    assert rows["text_encoder"] == [1] and found.negative_prompt_chunks == 0
+
+
+def test_nothing_is_logged(encoder, caplog, capfd):
+    """Encoding prompts of any length brings no library's warning, and no prompt, into the log."""
+    with caplog.at_level(logging.INFO):
+        for mode in handler.LONG_PROMPT_MODES:
+            encode(encoder, LONG * 3, "x" * 3_000, long_prompt=mode)
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fallback
+
+
+def test_prompts_fall_back_independently(pipe, encoder, refuse):
+    """Where one prompt's chunks fail, it is cut to 75 tokens with a warning; the other keeps its chunks."""
+    refuse(lambda ids: len(ids) > 3, RuntimeError("no such batch in /root/secret"))
+    found = encode(encoder, LONG, LONG + LONG)
+    assert_close(tensors(found)[::2], tensors(encode(encoder, LONG))[::2])
+    assert_close(tensors(found)[1::2], pipe.encode_prompt(LONG * 2)[::2])
+    assert (found.prompt_chunks, found.negative_prompt_chunks) == (3, 1)
+    assert found.warnings == (
+        "the chunks of the negative prompt could not be encoded: it was cut to its first 75 tokens",
+    )
+
+
+@pytest.mark.parametrize("mode", ["blend", "concat"])
+def test_both_prompts_fall_back(pipe, encoder, refuse, mode):
+    """Both cut, both named; a job with it goes on."""
+    refuse(lambda ids: len(ids) > 1, ValueError("no"))
+    found = encode(encoder, LONG, LONG + "fog", long_prompt=mode)
+    assert_close(tensors(found), pipe.encode_prompt(LONG, negative_prompt=LONG))
+    assert [warning.split(" could")[0][18:] for warning in found.warnings] == ["prompt", "negative prompt"]
+    job = {"prompt": LONG + "x", "long_prompt": mode, "width": 256, "height": 256, "steps": 1}
+    answer = handler.handler({"input": job})
+    assert len(answer["images"]) == 1 and "could not be encoded" in answer["metadata"]["warnings"][0]
+
+
+def test_batch_alone_fails(encoder, refuse):
+    """Where both prompts succeed each by itself, nothing is lost and nothing is said."""
+    refuse(lambda ids: len(ids) > 3, RuntimeError("no"))
+    found = encode(encoder, LONG, LONG + "fog")
+    assert (found.prompt_chunks, found.negative_prompt_chunks, found.warnings) == (3, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), handler.OutOfMemory),
+        (MemoryError(), handler.OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), handler.GpuLost),
+    ],
+)
+def test_gpu_failures_are_the_jobs(encoder, refuse, error, raised):
+    """Out of memory and CUDA errors are no matter of long prompts: they fail the job."""
+    refuse(lambda ids: len(ids) > 1, error)
+    with pytest.raises(raised):
+        encode(encoder, LONG)
+
+
+def test_failed_chunks_are_tried_again(encoder, rows, refuse):
+    """A prompt that fell back is not remembered as seen."""
+    failing = [True]
+    refuse(lambda ids: failing[0] and len(ids) > 1, RuntimeError("no"))
+    assert encode(encoder, LONG).warnings
+    failing[0] = False
+    found = encode(encoder, LONG)
+    assert found.prompt_chunks == 3 and not found.warnings
