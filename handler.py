@@ -165,6 +165,7 @@ class Settings:
     civitai_base_url: str
     checkpoint_dir: Path
     lora_dir: Path
+    compile_cache_dir: Path
     checkpoint: dict[str, Any]
     loras: list[dict[str, Any]]
     sdxl_config: str
@@ -187,6 +188,7 @@ class Settings:
             civitai_base_url=parse_base_url(environ.get("CIVITAI_BASE_URL") or CIVITAI),
             checkpoint_dir=Path(environ.get("CHECKPOINT_DIR") or store / "checkpoints"),
             lora_dir=Path(environ.get("LORA_DIR") or store / "loras"),
+            compile_cache_dir=store / "torch_compile",
             checkpoint=parse_checkpoint(environ.get("CHECKPOINT", "")),
             loras=parse_loras(environ.get("LORAS")),
             sdxl_config=environ.get("SDXL_CONFIG") or SDXL_CONFIG,
@@ -1419,9 +1421,33 @@ def check_factors(name: str, factors: Factors, weight: Any) -> None:
         raise BadLora("the file holds NaN or infinite numbers")
 
 
-# stand-in until torch.compile lands
-def compile_unet(pipe: Any, settings: Settings) -> None:
-    pass
+COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # 70 and 17 of them do nearly all of the UNet's work
+
+
+def keep_compiled_code(settings: Settings) -> None:
+    """Sends what torch.compile makes to the model store, for later workers; torch reads this while it is imported."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.compile_cache_dir))
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
+
+
+def compile_unet(pipe: Any, backend: str = "inductor") -> None:
+    """Compiles the UNet's repeated blocks and runs a step, so that no job waits for it. Raises SetupFailed.
+
+    Blocks of one shape share their code. All sizes are symbols in it: other resolutions, batches and prompts of 77 * n
+    tokens run the same code, and so does another LoRA stack. Only a batch of one (one image at guidance_scale 1)
+    is compiled anew when it first comes.
+    """
+    torch._dynamo.config.cache_size_limit = 64  # two shapes of transformer, twelve of ResNet; the default is 8
+    pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())  # one object, or none share
+    blocks = [block for block in pipe.unet.modules() if type(block).__name__ in COMPILED_BLOCKS]
+    for block in blocks:
+        block.compile(dynamic=True, backend=backend)
+    try:
+        with phase("torch.compile of %d blocks", len(blocks)), torch.inference_mode():  # the mode that jobs run in
+            # equal sizes would share a symbol: a square image would be compiled for squares
+            pipe("", width=1216, height=832, num_inference_steps=1, output_type="latent")
+    except RuntimeError as error:
+        raise SetupFailed("torch.compile failed on this machine: unset TORCH_COMPILE", detail=error) from error
 
 
 def load_pipeline() -> Any:
@@ -1432,6 +1458,8 @@ def load_pipeline() -> Any:
     """
     settings = Settings.from_environ()
     files = in_background(fetch_models, settings)  # beside the imports, which take 4-7 s
+    if settings.torch_compile:
+        keep_compiled_code(settings)
     with phase("imports"):
         device = choose_device(settings)
         quiet_libraries()
@@ -1451,7 +1479,7 @@ def load_pipeline() -> Any:
     for name, reason in pipe.lora_stack.failed.items():
         log.warning("LoRA %s is left out: %s", name, reason)
     if settings.torch_compile:
-        compile_unet(pipe, settings)
+        compile_unet(pipe)
     return pipe
 
 

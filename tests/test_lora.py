@@ -6,6 +6,7 @@ import copy
 import logging
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,13 +113,14 @@ def run_encoders(pipe: Any) -> list[torch.Tensor]:
         return [getattr(pipe, part)(ids, output_hidden_states=True).hidden_states[-2] for part in PARTS[1:]]
 
 
-def run_unet(pipe: Any) -> torch.Tensor:
+def run_unet(pipe: Any, batch: int = 2, size: tuple[int, int] = (16, 16), tokens: int = 77) -> torch.Tensor:
     """One denoising step on fixed latents and embeddings."""
     draw = torch.Generator().manual_seed(0)
     dims = pipe.unet.config
     pooled = dims.projection_class_embeddings_input_dim - 6 * dims.addition_time_embed_dim
-    added = {"text_embeds": torch.randn(2, pooled, generator=draw), "time_ids": torch.full((2, 6), 64.0)}
-    latents, text = (torch.randn(s, generator=draw) for s in ((2, 4, 16, 16), (2, 77, dims.cross_attention_dim)))
+    added = {"text_embeds": torch.randn(batch, pooled, generator=draw), "time_ids": torch.full((batch, 6), 64.0)}
+    shapes = (batch, 4, *size), (batch, tokens, dims.cross_attention_dim)
+    latents, text = (torch.randn(shape, generator=draw) for shape in shapes)
     added = {name: tensor.to(pipe.unet.dtype) for name, tensor in added.items()}
     with torch.no_grad():
         inputs = latents.to(pipe.unet.dtype), 500, text.to(pipe.unet.dtype)
@@ -545,4 +547,84 @@ def test_good_files_make_no_noise(bare, files, caplog, recwarn) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.fixture
+def compiler() -> Iterator[Counter[str]]:
+    """torch.compile's own counts, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_serve_every_length_size_batch_and_stack(loaded, bare, files, compiler) -> None:
+    """What start-up compiled, one graph a shape of block, is all that jobs need. Graphs are run by torch itself here:
+    what counts is what is compiled, and when."""
+    stack = handler.LoraStack(bare, files)
+    stack.apply(SCALES)
+    handler.compile_unet(bare, backend="eager")
+    compiled = compiler["unique_graphs"]
+    blocks = [module for module in bare.unet.modules() if type(module).__name__ in handler.COMPILED_BLOCKS]
+    assert 0 < compiled < len(blocks)
+    with torch.inference_mode():
+        for batch, size, tokens in ((2, (16, 16), 77), (2, (24, 16), 154), (8, (16, 40), 231)):
+            run_unet(bare, batch, size, tokens)
+        stack.apply({"detail_tweaker_xl": -2.0})
+        styled = run_unet(bare)
+        stack.apply({})
+        assert distance(run_unet(bare), run_unet(loaded)) < 1e-5 < 1e-2 < distance(styled, run_unet(loaded))
+    assert compiler["unique_graphs"] == compiled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # settings
+
+
+@pytest.fixture
+def start(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Loads the worker's pipeline with the given settings from a copy of the world's files."""
+    shutil.copytree(world.store, tmp_path / "store")
+
+    def load(**settings: str) -> Any:
+        for name, value in (world.environ(store=tmp_path / "store") | settings).items():
+            monkeypatch.setenv(name, value)
+        return handler.load_pipeline()
+
+    return load
+
+
+def test_another_stack_is_a_setting(start, loaded, tmp_path: Path) -> None:
+    """LORAS names version ids with scales; one that the table does not know is civitai_<id>."""
+    write_lora(tmp_path / "store" / "loras" / "civitai_999.safetensors")
+    stack = start(LORAS="135867@0.5, 999@-2,1253021").lora_stack
+    assert stack.applied == {"detail_tweaker_xl": 0.5, "civitai_999": -2.0, "pony_realism_slider": 1.0}
+    assert stack.failed == {}
+
+
+def test_an_empty_stack_is_the_bare_checkpoint(start, loaded) -> None:
+    """LORAS="" changes no weight."""
+    pipe = start(LORAS="")
+    assert pipe.lora_stack.applied == {}
+    assert_same(weights_of(pipe), weights_of(loaded))
+
+
+def test_another_checkpoint_is_a_setting(start, world, loaded, tmp_path: Path) -> None:
+    """CHECKPOINT=<version id> runs another model of Civitai's, with the same stack."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(world.checkpoint)
+    save_file({k: v * 0.5 for k, v in tensors.items()}, tmp_path / "store" / "checkpoints" / "civitai_42.safetensors")
+    pipe = start(CHECKPOINT="42")
+    assert pipe.lora_stack.applied == SCALES
+    pipe.lora_stack.apply({})
+    assert torch.equal(pipe.unet.conv_in.weight, loaded.unet.conv_in.weight * 0.5)
+
+
+def test_a_bad_file_in_the_store_does_not_stop_a_start(start, tmp_path: Path) -> None:
+    """The other LoRAs are in force, the bad one is named."""
+    write_bad_lora(tmp_path / "store" / "loras" / handler.LORA_CONFIGS[0]["filename"], "loha")
+    stack = start().lora_stack
+    assert stack.applied == {name: scale for name, scale in SCALES.items() if name != "detail_tweaker_xl"}
+    assert "LoHa" in stack.failed["detail_tweaker_xl"]
