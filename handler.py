@@ -354,12 +354,16 @@ class UploadFailed(WorkerError):
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
-MIN_PIECE, MAX_PIECE = 2 * MIB, 32 * MIB  # what one request asks for
-MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.025  # what one read takes, and about how long
+MIN_SPAN, MAX_SPAN = 2 * MIB, 32 * MIB  # what one request asks for
+MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.01  # what one read takes, and about how long
 CONNECT_S, STALL_S = 10.0, 30.0
 TRIES, FEW_TRIES = 8, 3  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
-BEAT_S, POLL_S, DEAD_S = 5.0, 1.0, 40.0  # of a lock: changed so often, looked at so often, dead after so long
+LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = (
+    5.0,
+    1.0,
+    40.0,
+)  # of a lock: changed so often, looked at so often, dead after so long
 REPORT_S, LISTING_S = 5.0, 5.0
 READERS = 8
 
@@ -435,13 +439,13 @@ def read_ahead(path: Path) -> None:
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
     worse on a network volume. Nobody waits for this: the mapped pages come no later for it.
     """
-    chunks = iter(range(0, path.stat().st_size, MAX_PIECE))  # shared: next() of a range iterator is atomic
+    chunks = iter(range(0, path.stat().st_size, MAX_SPAN))  # shared: next() of a range iterator is atomic
 
     def read() -> None:
         buffer = bytearray(MIB)
         with path.open("rb", buffering=0) as file:
             for chunk in chunks:
-                for offset in range(chunk, chunk + MAX_PIECE, MIB):
+                for offset in range(chunk, chunk + MAX_SPAN, MIB):
                     os.preadv(file.fileno(), [buffer], offset)
 
     for _ in range(READERS):
@@ -485,6 +489,15 @@ def recorded_sha256(path: Path) -> str | None:
     return record.get("sha256") if is_untouched(record, path.stat()) else None
 
 
+WRONG_HASH = "has another SHA256 than the published file"
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file in place."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_problem(path: Path, name: str) -> str:
     """Why a file cannot be a model, "" where it can. A safetensors header tells the size of the whole file."""
     if path.stat().st_size == 0:
@@ -521,7 +534,11 @@ class Fault(Exception):
 
     def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.tries, self.wait_s, self.began = tries, wait_s, 0.0
+        self.tries, self.wait_s = tries, wait_s
+
+
+class WrongFile(Exception):
+    """What came is not the file that was asked for."""
 
 
 @contextmanager
@@ -529,11 +546,11 @@ def network_faults() -> Iterator[None]:
     """Turns what the HTTP libraries raise into Fault. Their texts quote signed links, so only the type is kept."""
     try:
         yield
+    except ValueError as error:  # InvalidURL and its like, in an address or a redirect
+        raise DownloadError("a model's address is not a valid URL", detail=type(error).__name__) from None
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        raise Fault("the server sent nothing for too long") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        if isinstance(error, ValueError):  # InvalidURL and its like
-            raise DownloadError("a model's address is not a valid URL", detail=type(error).__name__) from None
-        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            raise Fault(f"the server sent nothing for {STALL_S:.0f} s") from None
         raise Fault(f"the connection failed ({type(error).__name__})") from None
 
 
@@ -550,29 +567,28 @@ class Client:
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of a chain of redirects. Raises Fault or DownloadError."""
         history: list[Any] = []
-        while len(history) < 5:
-            headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-            headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
-            if self.key and origin(url) == origin(self.base_url):
-                headers["Authorization"] = f"Bearer {self.key}"
-            with network_faults():
-                response = self.session.get(
-                    url,
-                    headers=headers,
-                    auth=lambda request: request,  # without it, a .netrc would replace the key
-                    allow_redirects=False,
-                    stream=True,
-                    timeout=(CONNECT_S, stall_s or STALL_S),
-                )
-            if not response.is_redirect:
-                response.history = history
-                return response
-            response.close()
-            history.append(response)
-            url = urljoin(url, response.headers["location"])
-            if not is_safe_redirect(url):
-                raise DownloadError("a download was redirected to an address without encryption", detail=origin(url))
+        with network_faults():
+            while len(history) < 5:
+                response = self.request(url, byte_range, stall_s or STALL_S)
+                if not response.is_redirect:
+                    response.history = history
+                    return response
+                response.close()
+                history.append(response)
+                url = urljoin(url, response.headers["location"])
+                if not is_safe_redirect(url):
+                    raise DownloadError("a download was redirected to an address without encryption")
         raise Fault("the server redirects in circles", FEW_TRIES)
+
+    def request(self, url: str, byte_range: str, stall_s: float) -> Any:
+        """One open response, of a redirect too."""
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        if byte_range:
+            headers["Range"] = f"bytes={byte_range}"
+        if self.key and origin(url) == origin(self.base_url):
+            headers["Authorization"] = f"Bearer {self.key}"
+        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
+        return self.session.get(url, headers=headers, stream=True, timeout=(CONNECT_S, stall_s), **keep)
 
     def listed_sha256(self, model: Model, size: float) -> str | None:
         """The hash that Civitai publishes for a model's file of `size` bytes; None where it tells none."""
@@ -619,7 +635,7 @@ def machine() -> str:
 
 
 def new_owner() -> str:
-    """A name for one piece of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
+    """A name for one span of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
     return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -640,7 +656,7 @@ class StoreLock:
     """One worker at a time fetches a file; `with` waits for its turn.
 
     The lock is a file made with O_EXCL, which network file systems keep where flock silently does nothing. Its owner
-    writes a beat into it; an owner whose beat has not changed for DEAD_S of our own clock is dead. Where O_EXCL does
+    writes a beat into it: one whose beat has not changed for LOCK_DEAD_S of our own clock is dead. Where O_EXCL does
     nothing either, several fetch the same file under names of their own, and the result is still right.
     """
 
@@ -656,13 +672,13 @@ class StoreLock:
             beat = self.read()
             if beat != seen:
                 seen, since = beat, time.monotonic()
-            if is_gone(beat.split(" ")[0]) or time.monotonic() - since > DEAD_S:
+            if is_gone(beat.split(" ")[0]) or time.monotonic() - since > LOCK_DEAD_S:
                 self.clear_away(beat)
                 continue
             if not self.waited:
                 log.info("%s: another worker is fetching it; waiting", self.path.name)
             self.waited = True
-            time.sleep(POLL_S)
+            time.sleep(LOCK_POLL_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -683,7 +699,7 @@ class StoreLock:
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
         count = 0
-        while not self.released.wait(BEAT_S):
+        while not self.released.wait(LOCK_BEAT_S):
             count += 1
             os.pwrite(descriptor, f"{self.owner} {count}".encode(), 0)
             os.fsync(descriptor)  # a network file system shows it to others now
@@ -733,8 +749,8 @@ class Part:
         names = (file.name for file in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.journal"))
         return [name.removeprefix(f".{self.path.name}.").removesuffix(".journal") for name in names]
 
-    def begin(self, dead: set[str]) -> None:
-        """Opens the part, with what a dead worker left of the same file."""
+    def begin(self, dead: set[str]) -> Part:
+        """Opens the part, with what a dead worker left of the same file. To be used in a `with`."""
         for owner in self.owners():
             if owner in dead or is_gone(owner):
                 if not self.starts:
@@ -744,6 +760,19 @@ class Part:
         self.journal.write_bytes(self.identity + b"\n" + records)
         self.log = self.descriptor(self.journal, os.O_WRONLY | os.O_APPEND)
         self.file = self.descriptor(self.data, os.O_RDWR | os.O_CREAT)
+        return self
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
+        self.open = False
+        keep = kind is not None and not issubclass(kind, WrongFile | OSError)
+        data, journal = self.names(f"free-0-{secrets.token_hex(4)}")
+        for file, kept in ((self.data, data), (self.journal, journal)):
+            with suppress(FileNotFoundError):  # published
+                file.rename(kept) if keep else file.unlink()
 
     def descriptor(self, file: Path, flags: int) -> int:
         """An open file that is closed with the last thread that uses this part: a number closed earlier could be
@@ -807,19 +836,10 @@ class Part:
         """Gives the file its name, with every byte on the disk before."""
         os.fsync(self.file)
         write_record(self.path, os.fstat(self.file), sha256)
-        with suppress(FileNotFoundError):  # where locks do nothing, another worker has published it and swept ours
-            self.data.replace(self.path)
+        self.data.replace(self.path)
         sync_folder(self.path.parent)
         for owner in self.owners():
             self.sweep(owner)
-
-    def end(self, keep: bool) -> None:
-        """Leaves the bytes to whoever tries next, or deletes them. After publish() there is nothing left."""
-        self.open = False
-        data, journal = self.names(f"free-0-{secrets.token_hex(4)}")
-        for file, kept in ((self.data, data), (self.journal, journal)):
-            with suppress(FileNotFoundError):
-                file.rename(kept) if keep else file.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -843,8 +863,9 @@ class Model:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path, client: Client) -> Model:
         """A config's file, at the server that CIVITAI_BASE_URL names."""
-        parts = urlsplit(config["url"])
-        from_civitai = origin(config["url"]) in (origin(CIVITAI), origin(client.base_url))
+        with network_faults():
+            parts = urlsplit(config["url"])
+            from_civitai = origin(config["url"]) in (origin(CIVITAI), origin(client.base_url))
         url = f"{client.base_url}{parts.path}?{parts.query}" if from_civitai else config["url"]
         sha256 = config.get("sha256")
         version = version_id(config) if from_civitai else ""
@@ -853,25 +874,22 @@ class Model:
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
 
-    def is_in_place(self) -> bool:
-        """Whether the store holds the file, fit for use. One that was touched, or put there by hand, is checked: by
-        its header, and by its hash where one is known."""
+    def problem(self) -> str:
+        """Why the file in place cannot be used, "" where it can. One that was touched since it was recorded, or put
+        there by hand, is checked: by its header, and by its hash where one is known."""
         if not self.path.exists():
-            return False
+            return "is missing"
         record, stat = read_record(self.path), self.path.stat()
         expected = self.sha256 or record.get("sha256")
         if is_untouched(record, stat) and record.get("sha256") == expected:
-            return True
+            return ""
         problem = content_problem(self.path, self.path.name)
-        if not problem and expected:
-            with self.path.open("rb") as file:
-                problem = "" if hashlib.file_digest(file, "sha256").hexdigest() == expected else "has another SHA256"
-        if problem:
-            log.warning("%s: the file in place %s: fetching it again", self, problem)
-            return False
-        with suppress(OSError):  # a volume may be read-only
-            write_record(self.path, stat, expected)
-        return True
+        if not problem and expected and file_sha256(self.path) != expected:
+            problem = WRONG_HASH
+        if not problem:
+            with suppress(OSError):  # a volume may be read-only
+                write_record(self.path, stat, expected)
+        return problem
 
 
 @dataclass(frozen=True)
@@ -885,8 +903,8 @@ class Source:
 
     def identity(self, model: Model, sha256: str | None) -> str:
         """What tells the bytes of this file from others. Without a hash to find lost writes in the end, bytes that
-        came on another machine, or before this one crashed, do not count."""
-        check = sha256 or f"{self.etag} {machine()}"
+        came on another machine, or before this one crashed, do not count; nor does the start of one stream."""
+        check = secrets.token_hex() if self.whole else sha256 or f"{self.etag} {machine()}"
         return hashlib.sha256(f"{urlsplit(model.url).path} {self.size} {check}".encode()).hexdigest()
 
 
@@ -895,61 +913,70 @@ class Download:
 
     def __init__(self, model: Model, client: Client, progress: FetchProgress) -> None:
         self.model, self.client, self.progress = model, client, progress
-        self.fetched = False
+        self.fetched, self.resumed = False, 0.0
         self.moved()
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
-        model = self.model
-        with disk_errors(model):
-            if not again and model.is_in_place():
-                return model.path
-            model.path.parent.mkdir(parents=True, exist_ok=True)
-            with StoreLock(model.path) as lock:
-                if (again and not lock.waited) or not model.is_in_place():
-                    self.fetch(lock)
-        return model.path
+        path = self.model.path
+        with disk_errors(self.model):
+            if again or self.model.problem():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with StoreLock(path) as lock:
+                    if (again and not lock.waited) or not self.is_usable():
+                        self.fetch(lock)
+        return path
+
+    def is_usable(self) -> bool:
+        """Whether the file is in place; one that cannot be used is deleted."""
+        problem = self.model.problem()
+        if problem and self.model.path.exists():
+            log.warning("%s: the file in place %s: fetching it again", self.model, problem)
+            self.model.path.unlink()
+        return not problem
 
     def fetch(self, lock: StoreLock) -> None:
         """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
-        started = time.monotonic()
         self.moved()
-        for _ in range(2):
-            problem = self.patiently(self.fetch_once, lock)
-            if not problem and self.model.is_in_place():
-                self.fetched = True
-                seconds, size = time.monotonic() - started, self.model.path.stat().st_size
-                log.info("%s: %.1f MB in %.1f s, %.1f MB/s", self.model, size / MB, seconds, size / MB / seconds)
-                return
-            log.warning("%s: what came %s: it was thrown away", self.model, problem)
-        raise DownloadError(f"{self.model} was refused, because what came {problem}, twice")
+        for last in (False, True):
+            try:
+                return self.patiently(self.fetch_once, lock)
+            except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
+                if not self.model.problem():
+                    return None
+                raise
+            except WrongFile as wrong:
+                if last:
+                    raise DownloadError(f"{self.model} was refused: what came {wrong}, twice") from None
+                log.warning("%s: what came %s: fetching it once more", self.model, wrong)
+        return None
 
-    def fetch_once(self, lock: StoreLock) -> str:
-        """The file from the first request to its name. Returns what is wrong with what came."""
+    def fetch_once(self, lock: StoreLock) -> None:
+        """The file from the first request to its name. Raises WrongFile, Fault or DownloadError."""
+        started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
         self.source = self.ask()
         expected = self.model.sha256 or self.client.listed_sha256(self.model, self.source.size)
         # 2. room for it, and what others left of it
         part = Part(self.model.path, lock.owner, self.source.identity(self.model, expected), self.source.size)
-        part.begin(lock.dead)
-        keep = False
-        try:
+        with part.begin(lock.dead):
             self.check_space(part)
             hashing = in_background(part.sha256)
             # 3. the bytes
-            problem = self.fetch_whole(part) if self.source.whole else self.fetch_ranges(part)
+            if self.source.whole:
+                self.fetch_whole(part)
+            else:
+                self.fetch_ranges(part)
             # 4. checks, and its name
-            problem = problem or content_problem(part.data, self.model.path.name)
-            if not problem and expected not in (None, hashing.result()):
-                problem = "has another SHA256 than the published file"
-            if not problem:
-                part.publish(hashing.result())
-            return problem
-        except (Fault, DownloadError):
-            keep = True
-            raise
-        finally:
-            part.end(keep)
+            if problem := content_problem(part.data, self.model.path.name):
+                raise WrongFile(problem)
+            if expected not in (None, hashing.result()):
+                raise WrongFile(WRONG_HASH)
+            part.publish(hashing.result())
+        self.fetched, seconds = True, time.monotonic() - started
+        log.info(
+            "%s: %.1f MB in %.1f s, %s", self.model, part.size / MB, seconds, "verified" if expected else "no hash"
+        )
 
     def ask(self) -> Source:
         """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
@@ -957,7 +984,8 @@ class Download:
         self.check_status(response, signed=bool(response.history))
         etag = response.headers.get("etag") or response.headers.get("last-modified", "")
         if response.status_code == 200:
-            return Source(response.url, float(response.headers.get("content-length", "inf")), etag, response)
+            length = response.headers.get("content-length")
+            return Source(response.url, int(length) if length else math.inf, etag, response)
         found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
         response.close()
         if not found:
@@ -995,63 +1023,58 @@ class Download:
             )
         self.progress.expect(needed)
 
-    def fetch_whole(self, part: Part) -> str:
+    def fetch_whole(self, part: Part) -> None:
         """The bytes in one stream, from a server without ranges."""
-        at = 0
+        span = Span(0, self.source.size)
         with self.client.budget, network_faults(), self.source.whole as response:
-            for block in blocks(response, self.source.size):
-                part.write(at, block)
-                at += len(block)
-                self.progress.got(len(block))
+            self.receive(response, part, span)
         if self.source.size == math.inf:
-            part.size = at
+            part.size = span.at
         if part.missing():
             raise Fault("the server ended the file early")
-        return ""
 
-    def fetch_ranges(self, part: Part) -> str:
-        """The missing bytes over many connections: fewer where the server refuses some, more again as it answers.
-
-        Returns what is wrong where the file has changed in between.
-        """
-        todo, running, connections = deque(pieces(part.missing())), set(), CONNECTIONS
+    def fetch_ranges(self, part: Part) -> None:
+        """The missing bytes over many connections: fewer where the server refuses some, more again as it answers."""
+        todo, running, connections = deque(spans(part.missing())), set(), CONNECTIONS
         while todo or running:
             while todo and len(running) < connections:
-                running.add(in_background(self.fetch_piece, part, *todo.popleft()))
+                running.add(in_background(self.fetch_span, part, todo.popleft()))
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            for start, end, fault in (future.result() for future in done):
-                if start < end:
-                    todo.appendleft((start, end))
-                if not fault:
-                    connections = min(connections + 1, CONNECTIONS)
-                elif fault.began > self.resumed:  # those that began before belong to a fault that was waited for
-                    connections = max(connections // 2, 1)
+            for span, fault in (future.result() for future in done):
+                if span.at < span.end:
+                    todo.appendleft(span)
+                connections = max(connections // 2, 1) if fault else min(connections + 1, CONNECTIONS)
+                if fault and span.began > self.resumed:  # else it belongs to a fault that was waited for
                     self.bear(fault)
-                    if not self.is_unchanged(self.patiently(self.ask)):
-                        return "has changed in mid-download"
-        return ""
+                    self.renew()
 
-    def fetch_piece(self, part: Part, start: int, end: int) -> tuple[int, int, Fault | None]:
-        """Fetches bytes [start, end): what is missing of them after it, and the fault that let it come nowhere."""
-        at, fault, link = start, None, self.source.link
+    def fetch_span(self, part: Part, span: Span) -> tuple[Span, Fault | None]:
+        """Fetches a span, or a part of it; returns what is missing, and the fault if none came."""
+        fault, start, link = Fault("the server sent nothing"), span.at, self.source.link
         with self.client.budget:
-            began = time.monotonic()
+            span.began = time.monotonic()
             try:
-                with network_faults(), self.client.get(link, f"{start}-{end - 1}") as response:
-                    self.check_status(response, signed=link != self.model.url)
-                    self.check_range(response, start)
-                    for block in blocks(response, end - start):
-                        part.write(at, block)
-                        at += len(block)
-                        self.progress.got(len(block))
-                fault = Fault("the server sent nothing")
+                self.ask_for(part, span, link)
             except Fault as error:
                 fault = error
-        fault.began = began
-        if at - start < min(end - start, MIN_BLOCK):
-            return at, end, fault
+        if span.at - start < min(span.end - start, MIN_BLOCK):
+            return span, fault
         self.moved()
-        return at, end, None
+        return span, None
+
+    def ask_for(self, part: Part, span: Span, link: str) -> None:
+        """One request for a span."""
+        with network_faults(), self.client.get(link, f"{span.at}-{span.end - 1}") as response:
+            self.check_status(response, signed=link != self.model.url)
+            self.check_range(response, span.at)
+            self.receive(response, part, span)
+
+    def receive(self, response: Any, part: Part, span: Span) -> None:
+        """Takes a body's bytes, as long as they come."""
+        for block in blocks(response, span.end - span.at):
+            part.write(span.at, block)
+            span.at += len(block)
+            self.progress.got(len(block))
 
     def check_range(self, response: Any, start: int) -> None:
         """Raises Fault for anything but bytes from `start` on of the same file."""
@@ -1062,12 +1085,14 @@ class Download:
         if etag != self.source.etag:
             raise Fault("the server sent another file")
 
-    def is_unchanged(self, source: Source) -> bool:
-        """Takes a new link to the file, unless what it leads to is another."""
+    def renew(self) -> None:
+        """Asks for a new link, since the old one may have expired. Raises WrongFile where it leads to another file."""
+        source = self.patiently(self.ask)
+        if source.whole:
+            raise Fault("the server has stopped serving ranges")
         if (source.size, source.etag) != (self.source.size, self.source.etag):
-            return False
+            raise WrongFile("has changed in mid-download")
         self.source = source
-        return True
 
     def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), again and again while its faults may pass."""
@@ -1089,7 +1114,7 @@ class Download:
 
     def moved(self) -> None:
         """Bytes came: faults count from here again."""
-        self.faults, self.resumed, self.deadline = 0, 0.0, time.monotonic() + PATIENCE_S
+        self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
 
 
 @contextmanager
@@ -1105,13 +1130,22 @@ def disk_errors(model: Model) -> Iterator[None]:
         raise DownloadError(f"{model} cannot be stored, {advice}", detail=error) from error
 
 
-def pieces(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+@dataclass
+class Span:
+    """The bytes [at, end) of a file, which are still to come."""
+
+    at: int
+    end: float
+    began: float = 0.0  # when they were asked for
+
+
+def spans(ranges: list[tuple[int, int]]) -> Iterator[Span]:
     """Cuts ranges into requests, the smaller the less is left, so that all connections end at about the same time."""
     left = sum(end - start for start, end in ranges)
     for start, end in ranges:
         while start < end:
-            size = min(max(left // (2 * CONNECTIONS), MIN_PIECE), MAX_PIECE, end - start)
-            yield start, start + size
+            size = min(max(left // (2 * CONNECTIONS), MIN_SPAN), MAX_SPAN, end - start)
+            yield Span(start, start + size)
             start, left = start + size, left - size
 
 

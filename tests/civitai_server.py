@@ -45,6 +45,7 @@ class Fault:
     stall_s: float = 0  # keep the connection silent for so long at cut_after (before the close)
     reset: bool = False  # RST instead of FIN at cut_after
     ignore_range: bool = False  # 200 and the whole file, whatever was asked for
+    no_length: bool = False  # no Content-Length: the end of the connection is the end of the file
     short_range: int = 0  # a correct 206 of that many bytes fewer than asked for
     flip_at: int | None = None  # the byte at this offset of the file comes inverted
     wrong_hash: bool = False  # info names another SHA256
@@ -84,6 +85,8 @@ class CivitaiServer:
         self.files, self.key, self.rate, self.link_s = dict(files), key, rate, link_s
         self.faults: dict[int, list[Fault]] = {}
         self.requests: list[Request] = []
+        self.connections = 0  # opened so far
+        self.most = threading.BoundedSemaphore(1000)  # requests that the CDN serves at once; 429 beyond
         self.closing = threading.Event()
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"civitai": self}))
@@ -148,6 +151,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     civitai: CivitaiServer
 
+    def setup(self) -> None:
+        super().setup()
+        with self.civitai.lock:
+            self.civitai.connections += 1
+
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
@@ -179,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, LOGIN_PAGE, "text/html; charset=utf-8")
         elif fault.status:
             self.answer(fault.status, b'{"error":"injected"}', headers=fault.headers)
+        elif fault.cut_after is not None and route != "cdn":
+            self.hang_up(fault)
         elif version_id not in self.civitai.files:
             self.answer(404, b'{"error":"Model version not found"}')
         else:
@@ -225,6 +235,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(400, b"<Error><Code>InvalidArgument</Code></Error>", "application/xml")
         if signature != self.civitai.signature(version_id, expires) or float(expires) < time.time():
             return self.answer(403, b"<Error><Code>ExpiredRequest</Code></Error>", "application/xml")
+        if not self.civitai.most.acquire(blocking=False):
+            return self.answer(429, b"<Error><Code>SlowDown</Code></Error>", "application/xml")
+        try:
+            return self.serve_file(version_id, fault)
+        finally:
+            self.civitai.most.release()
+
+    def serve_file(self, version_id: int, fault: Fault) -> None:
+        """The file or a range of it, to whom may have it."""
         path = self.civitai.files[version_id]
         size, etag = path.stat().st_size, f'"{sha256(path)[:32].lower()}"'
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -237,13 +256,20 @@ class Handler(BaseHTTPRequestHandler):
         if found:
             end = max(end - fault.short_range, start + 1)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        self.head(206 if found else 200, end - start, "application/octet-stream", headers | fault.headers)
+        self.head(
+            206 if found else 200,
+            None if fault.no_length else end - start,
+            "application/octet-stream",
+            headers | fault.headers,
+        )
         return self.send_file(path, start, end - start, fault)
 
     def send_file(self, path: Path, start: int, count: int, fault: Fault) -> None:
         """The bytes, as fast as they go or at the server's rate, up to where the fault cuts them off."""
         allowed = count if fault.cut_after is None else min(count, fault.cut_after)
         piece = allowed if not self.civitai.rate and fault.flip_at is None else 1 << 16
+        if self.civitai.rate:  # small steps: what lies in the socket when a client is killed was sent in vain
+            piece = min(piece, max(1024, int(self.civitai.rate / 100)))
         began = time.monotonic()
         with contextlib.suppress(ConnectionError), path.open("rb") as file:
             while self.request_seen.sent < allowed and not self.civitai.closing.is_set():
@@ -270,11 +296,12 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
-    def head(self, status: int, length: int, kind: str, headers: dict[str, str]) -> None:
+    def head(self, status: int, length: int | None, kind: str, headers: dict[str, str]) -> None:
         """Status line and headers."""
         self.request_seen.status = status
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(length), **headers}.items():
+        ends = {"Connection": "close"} if length is None else {"Content-Length": str(length)}
+        for name, value in {"Content-Type": kind, **ends, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
 

@@ -1,0 +1,435 @@
+"""The model store: what is in place, what a killed worker leaves, and many workers on one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from civitai_server import CivitaiServer, Fault, sha256
+from test_downloads import KEY, MIB, TESTS, leftovers, write_model
+
+import handler
+
+ROUNDS = int(os.environ.get("STORE_ROUNDS", "2"))  # of eight workers on one folder; 20 for the long form
+KILLS = int(os.environ.get("STORE_KILLS", "30"))
+IDS = [135867, 294259, 348625]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
+    """Civitai with a checkpoint and two LoRAs, which are what the settings ask for."""
+    names = ["civitai_1", "detail_tweaker_xl", "hand_detail_flux_xl"]
+    files = {n: write_model(tmp_path / f"{name}.origin", MIB) for n, name in zip([1, *IDS], names, strict=False)}
+    for name, value in {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "MIN_SPAN": MIB // 4}.items():
+        monkeypatch.setattr(handler, name, value)
+    with CivitaiServer(files, key=KEY) as server:
+        environ = {"CIVITAI_BASE_URL": server.url, "CIVITAI_API_KEY": KEY, "MODEL_CACHE_DIR": str(tmp_path / "models")}
+        for name, value in (environ | {"CHECKPOINT": "1", "LORAS": "135867,294259@0.5"}).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def config(version: int = 135867, **extra: object) -> dict:
+    return {"name": "Detail", "url": handler.civitai_url(version), "filename": "detail.safetensors", **extra}
+
+
+# all files
+
+
+def test_all_files_side_by_side(server, tmp_path):
+    """setup_models fetches checkpoint and LoRAs at the same time, each into its folder, under its adapter name."""
+    server.rate = 200_000
+    started = time.monotonic()
+    checkpoint, loras = handler.setup_models()
+    assert checkpoint == tmp_path / "models" / "checkpoints" / "civitai_1.safetensors"
+    folder = tmp_path / "models" / "loras"
+    names = ("detail_tweaker_xl", "hand_detail_flux_xl")
+    assert loras == {name: folder / f"{name}.safetensors" for name in names}
+    for version, path in zip([1, *IDS[:2]], [checkpoint, *loras.values()], strict=True):
+        assert path.read_bytes() == server.files[version].read_bytes()
+    first = {version: server.requests_of("cdn", version)[0].started - started for version in server.files}
+    assert max(first.values()) - min(first.values()) < 1
+
+
+def test_lora_that_cannot_be_had(server):
+    """A LoRA that cannot be fetched is named with its reason; the others and the checkpoint are there."""
+    server.faults[294259] = [Fault("api", status=403, times=-1)]
+    files = handler.fetch_models(handler.Settings.from_environ())
+    assert list(files.loras) == ["detail_tweaker_xl"]
+    assert files.checkpoint.exists()
+    assert "294259" in files.failed["hand_detail_flux_xl"]
+
+
+def test_checkpoint_that_cannot_be_had(server):
+    """Without its checkpoint a worker cannot start."""
+    server.faults[1] = [Fault("api", status=401, times=-1)]
+    with pytest.raises(handler.DownloadError, match="CIVITAI_API_KEY"):
+        handler.setup_models()
+
+
+# what is in place
+
+WARM_START = """
+import sys, socket
+opened = []
+sys.addaudithook(lambda event, args: opened.append(event) if event in ("socket.connect", "socket.getaddrinfo") else 0)
+import handler
+handler.hashlib.file_digest = None  # hashing would fail
+checkpoint, loras = handler.setup_models()
+print(len(loras), opened)
+"""
+
+
+def test_warm_start(server):
+    """With all files in place a start opens no connection and hashes nothing; without a network it is the same."""
+    handler.setup_models()
+    server.clear()
+    alone = (
+        ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    )
+    command = [*alone, sys.executable, "-c", WARM_START]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.stdout == "2 []\n", done.stderr
+    assert server.requests == []
+
+
+def test_read_only_store(server, monkeypatch):
+    """Files in place serve from a store that cannot be written, recorded or not."""
+    checkpoint, _ = handler.setup_models()
+    handler.record_file(checkpoint).unlink()
+    server.clear()
+    real = os.open
+
+    def read_only(path: str, flags: int, *args: object, **kwargs: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(checkpoint.parent)):
+            raise OSError(30, "Read-only file system")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(Path, "write_text", lambda path, _: read_only(path, os.O_WRONLY))
+    assert handler.setup_models()[0] == checkpoint
+    assert server.requests == []
+
+
+def test_file_put_there_by_hand(server, tmp_path):
+    """A whole file put there by hand is taken without a request, and recorded."""
+    shutil.copy(server.files[135867], tmp_path / "detail.safetensors")
+    path = handler.ensure_model_exists(config(), tmp_path)
+    assert server.requests == []
+    assert handler.record_file(path).exists()
+    assert handler.recorded_sha256(path) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "web page", "empty"])
+def test_unusable_file(server, tmp_path, damage):
+    """A file in place that is no whole safetensors file is fetched again."""
+    whole = server.files[135867].read_bytes()
+    content = {"truncated": whole[:-1], "longer": whole + b"x", "web page": b"<!DOCTYPE html>" * 99, "empty": b""}
+    path = tmp_path / "detail.safetensors"
+    path.write_bytes(content[damage])
+    assert handler.ensure_model_exists(config(), tmp_path) == path
+    assert path.read_bytes() == whole
+
+
+def test_unusable_file_is_removed(server, tmp_path):
+    """An unusable file does not stay where no better one can be had."""
+    (tmp_path / "detail.safetensors").write_bytes(b"<!DOCTYPE html>")
+    server.faults[135867] = [Fault("api", status=401)]
+    with pytest.raises(handler.DownloadError):
+        handler.ensure_model_exists(config(), tmp_path)
+    assert not (tmp_path / "detail.safetensors").exists()
+
+
+def test_touched_file(server, tmp_path):
+    """A file that was touched is hashed: taken where it is the same, fetched again where a byte has changed."""
+    path = handler.ensure_model_exists(config(), tmp_path)
+    digest = handler.recorded_sha256(path)
+    os.utime(path)
+    assert handler.recorded_sha256(path) is None
+    server.clear()
+    handler.ensure_model_exists(config(), tmp_path)
+    assert server.requests == []
+    assert handler.recorded_sha256(path) == digest
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    handler.ensure_model_exists(config(), tmp_path)
+    assert path.read_bytes() == server.files[135867].read_bytes()
+
+
+def test_configured_hash_of_a_file_in_place(server, tmp_path):
+    """A config's sha256 is checked for a file put there by hand, and for one that was recorded with another hash."""
+    path = write_model(tmp_path / "detail.safetensors", MIB)
+    digest = sha256(server.files[135867])
+    handler.ensure_model_exists(config(sha256=sha256(path)), tmp_path)
+    assert server.requests == []
+    handler.ensure_model_exists(config(sha256=digest), tmp_path)
+    assert path.read_bytes() == server.files[135867].read_bytes()
+    assert handler.recorded_sha256(path) == digest.lower()
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"{", b'{"size": "x"}', b"\xff"])
+def test_damaged_record(server, tmp_path, record):
+    """A record that cannot be read is as none."""
+    path = handler.ensure_model_exists(config(), tmp_path)
+    handler.record_file(path).write_bytes(record)
+    assert handler.recorded_sha256(path) is None
+    assert handler.ensure_model_exists(config(), tmp_path) == path
+
+
+def test_read_ahead(tmp_path):
+    """Reading ahead brings every byte of a file into the page cache."""
+    path = write_model(tmp_path / "model.safetensors", 70 * MIB)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    handler.read_ahead(path)
+    deadline = time.monotonic() + 20
+    with path.open("rb") as file:
+        while not all(is_cached(file.fileno(), at) for at in range(0, path.stat().st_size, MIB)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def is_cached(descriptor: int, offset: int) -> bool:
+    """Whether a byte of a file is in the page cache; on file systems that do not tell, it is."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+
+
+# workers that are killed, and many at once: real processes, forked from one that has its imports
+
+FORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+import handler, requests, safetensors, tqdm
+job = json.loads(sys.argv[1])
+for name, value in job["constants"].items():
+    setattr(handler, name, value)
+if not job["locks"]:  # a file system where O_EXCL silently does nothing
+    real = os.open
+    os.open = lambda path, flags, *rest, **more: real(path, flags & ~os.O_EXCL, *rest, **more)
+handler.configure_logging()
+def start(folder):
+    child = os.fork()
+    if child == 0:
+        try:
+            handler.ensure_model_exists(job["config"], Path(folder))
+            os._exit(0)
+        except handler.DownloadError as error:
+            print(error, error.detail, file=sys.stderr)
+            os._exit(1)
+    return child
+for folder, workers, kill_after in job["acts"]:
+    children = [start(folder) for _ in range(workers)]
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps([statuses, time.monotonic(), sorted(os.listdir(folder)) if os.path.isdir(folder) else []]))
+"""
+FAST = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0, "CONNECTIONS": 8, "MIN_SPAN": MIB // 4}
+Act = tuple[Path, int, float | None]  # a store, how many workers fetch into it, and when they are killed
+
+
+def play(*acts: Act, locks: bool = True) -> tuple[list[tuple[list[int], float, list[str]]], str]:
+    """Runs acts one after the other: exit statuses, time of the end and files of each, and the log of all."""
+    job = {"constants": FAST, "config": config(), "locks": locks}
+    job["acts"] = [(str(folder), workers, kill_after) for folder, workers, kill_after in acts]
+    command = [sys.executable, "-c", FORKER, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def sent(server: CivitaiServer, since: float = 0.0, until: float = math.inf) -> int:
+    """Bytes of bodies of the requests of a time."""
+    return sum(request.sent for request in server.requests_of("cdn") if since <= request.started < until)
+
+
+DONE = [".detail.safetensors.json", "detail.safetensors"]  # what is in a store in the end
+
+
+def test_kill_at_any_moment(server, tmp_path):
+    """Killed at any moment, over and over, a worker leaves nothing wrong, and the next one asks only for what is
+    missing: no more than 5 % of what had come by then is fetched again."""
+    server.files[135867] = origin = write_model(tmp_path / "big.origin", 24 * MIB)
+    server.rate = MIB  # of each of eight connections
+    store = tmp_path / "store"
+    kills = [(store, 1, random.uniform(0.0, 90 / KILLS / 10)) for _ in range(KILLS)]
+    played, said = play(*kills, (store, 1, None))
+    assert all("detail.safetensors" not in files or files == DONE for _, _, files in played)
+    assert played[-1][0] == [0], said
+    assert played[-1][2] == DONE
+    assert (store / "detail.safetensors").read_bytes() == origin.read_bytes()
+    finished = [sent(server, until=ended) for _, ended, _ in played if sent(server, until=ended) < 24 * MIB]
+    assert len(finished) > KILLS / 3
+    assert sent(server) - origin.stat().st_size < 0.05 * sum(finished)
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "locks that do nothing"])
+def test_many_workers(server, tmp_path, locks):
+    """Eight workers on one folder all end with the right file. With locks that work it is fetched once, and the
+    others wait, saying so; with locks that silently do nothing the result is the same."""
+    server.rate = 0.5 * MIB
+    origin = server.files[135867]
+    for n in range(ROUNDS):
+        folder = tmp_path / f"store{n}"
+        server.clear()
+        [(statuses, _, files)], said = play((folder, 8, None), locks=locks)
+        assert statuses == [0] * 8, said
+        assert (folder / "detail.safetensors").read_bytes() == origin.read_bytes()
+        assert files == DONE
+        if locks:
+            assert sent(server) < 1.05 * origin.stat().st_size
+            assert "another worker is fetching it; waiting" in said
+
+
+def test_many_workers_killed(server, tmp_path):
+    """Eight workers killed at once, with locks or without, leave a store in which the next one succeeds."""
+    server.rate = 0.5 * MIB
+    for locks in (True, False):
+        folder = tmp_path / f"store{locks}"
+        [_, (statuses, _, files)], said = play((folder, 8, 0.3), (folder, 1, None), locks=locks)
+        assert statuses == [0], said
+        assert (folder / "detail.safetensors").read_bytes() == server.files[135867].read_bytes()
+        assert files == DONE
+
+
+# locks of others
+
+ELSEWHERE = "0123456789ab-77-abcdef01"  # a worker on another machine
+
+
+def make_lock(folder: Path, owner: str = ELSEWHERE, mtime: float | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    lock = folder / ".detail.safetensors.lock"
+    lock.write_text(f"{owner} 5")
+    if mtime is not None:
+        os.utime(lock, (mtime, mtime))
+    return lock
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FAST.items():
+        monkeypatch.setattr(handler, name, value)
+
+
+def test_a_dead_worker_blocks_nobody_for_a_minute():
+    """A lock without a beat is taken over within a minute, and a living worker has several beats in that time."""
+    assert handler.LOCK_DEAD_S + 2 * handler.LOCK_POLL_S < 60
+    assert handler.LOCK_BEAT_S * 4 < handler.LOCK_DEAD_S
+
+
+@pytest.mark.parametrize("skew_s", [-1e6, 0, 1e6])
+def test_dead_lock(server, tmp_path, hurry, skew_s):
+    """The lock of a dead worker elsewhere is taken over after LOCK_DEAD_S, whatever the file server's clock says."""
+    make_lock(tmp_path / "store", mtime=time.time() + skew_s)
+    started = time.monotonic()
+    handler.ensure_model_exists(config(), tmp_path / "store")
+    assert handler.LOCK_DEAD_S < time.monotonic() - started < handler.LOCK_DEAD_S + 3
+    assert leftovers(tmp_path) == []
+
+
+def test_living_lock(server, tmp_path, hurry):
+    """A lock whose beat goes on is waited for, and what its owner has fetched is taken."""
+    lock = make_lock(tmp_path / "store")
+    waiting = handler.in_background(handler.ensure_model_exists, config(), tmp_path / "store")
+    for beat in range(6, 66):
+        time.sleep(handler.LOCK_DEAD_S / 30)
+        lock.write_text(f"{ELSEWHERE} {beat}")
+    assert not waiting.done()
+    assert server.requests == []
+    shutil.copy(server.files[135867], tmp_path / "store" / "detail.safetensors")
+    lock.unlink()
+    assert waiting.result(5).exists()
+    assert server.requests == []
+
+
+def test_lock_of_a_gone_process(server, tmp_path):
+    """A lock of a process of this machine that has ended is taken over at once."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    make_lock(tmp_path / "store", f"{handler.machine()}-{ended.pid}-abcdef01")
+    started = time.monotonic()
+    handler.ensure_model_exists(config(), tmp_path / "store")
+    assert time.monotonic() - started < 5
+
+
+def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
+    """What a dead worker on another machine has fetched is adopted where its hash can be checked in the end."""
+    server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
+    server.rate = MIB
+    play((tmp_path / "store", 1, 0.4))
+    before = sent(server)
+    assert before > MIB
+    for file in (tmp_path / "store").iterdir():
+        name = file.name.split(".")
+        if name[-1] in ("part", "journal"):
+            name[-2] = ELSEWHERE
+            file.rename(file.with_name(".".join(name)))
+    make_lock(tmp_path / "store")
+    handler.ensure_model_exists(config(), tmp_path / "store")
+    assert sent(server) < 1.1 * origin.stat().st_size
+    assert leftovers(tmp_path) == []
+
+
+def test_part_of_another_file(server, tmp_path):
+    """What is left of a file that has changed since is not mixed into it, but deleted."""
+    server.files[135867] = write_model(tmp_path / "old.origin", 4 * MIB)
+    server.rate = MIB
+    play((tmp_path / "store", 1, 0.4))
+    assert leftovers(tmp_path)
+    server.files[135867] = new = write_model(tmp_path / "new.origin", 4 * MIB)
+    server.rate = None
+    path = handler.ensure_model_exists(config(), tmp_path / "store")
+    assert path.read_bytes() == new.read_bytes()
+    assert leftovers(tmp_path) == []
+
+
+def test_lost_writes(server, tmp_path):
+    """A part whose bytes were lost, as in a crash of the machine, is found out by its hash and fetched again."""
+    server.rate = MIB
+    play((tmp_path / "store", 1, 0.3))
+    (part,) = (tmp_path / "store").glob("*.part")
+    part.write_bytes(bytes(part.stat().st_size))
+    server.rate = None
+    path = handler.ensure_model_exists(config(), tmp_path / "store")
+    assert path.read_bytes() == server.files[135867].read_bytes()
+
+
+def test_torn_journal(server, tmp_path):
+    """A journal that ends in the middle of an entry is read up to there."""
+    server.rate = MIB
+    play((tmp_path / "store", 1, 0.3))
+    (journal,) = (tmp_path / "store").glob("*.journal")
+    journal.write_bytes(journal.read_bytes()[:-7])
+    path = handler.ensure_model_exists(config(), tmp_path / "store")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == handler.recorded_sha256(path)
+
+
+def test_given_up_and_tried_again(server, tmp_path):
+    """What came before a download was given up is used by the next try of the same worker."""
+    server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
+    server.faults[135867] = [Fault(times=8), Fault(status=503, times=-1)]
+    with pytest.raises(handler.DownloadError):
+        handler.ensure_model_exists(config(), tmp_path / "store")
+    assert sent(server) > MIB
+    server.faults.clear()
+    handler.ensure_model_exists(config(), tmp_path / "store")
+    assert sent(server) < 1.05 * origin.stat().st_size
+    assert leftovers(tmp_path) == []
