@@ -1653,7 +1653,7 @@ SYNTAX = re.compile(
     r"|(?P<open>[(\[])"
     r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
     r"|(?P<close>[)\]])"
-    r"|(?P<stretch>\bBREAK\b)"
+    r"|(?P<BREAK>\bBREAK\b)"
     r"|[^\\()\[\]:B]+|.",
     re.DOTALL,
 )
@@ -1684,7 +1684,7 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
 
     "a (cat:1.3), [fog] BREAK b" -> [[("a ", 1.0), ("cat", 1.3), (", ", 1.0), ("fog", 0.91), (" ", 1.0)], [(" b", 1.0)]]
     A bracket that is never closed acts on all that follows, one never opened is text. A BREAK between brackets is a
-    BREAK as well (A1111 would weigh it, and read it as a word).
+    BREAK as well (A1111 would weigh it, and read it as a word). Its prompt editing ([a:b:0.5]) and AND are text here.
     """
     texts: list[str | None] = []  # None is a BREAK
     weights = torch.ones(len(prompt), dtype=torch.float64)
@@ -1697,7 +1697,7 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
             factor = float(match["weight"] or FACTORS[found[-1]])
             weights[opened[found[-1]].pop() : len(texts)] *= factor  # innermost first: rounded as A1111 rounds
         else:
-            texts.append(None if kind == "stretch" else match["escaped"] if kind == "escaped" else found)
+            texts.append(None if kind == "BREAK" else match["escaped"] if kind == "escaped" else found)
     for closing, starts in opened.items():
         for start in starts:
             weights[start : len(texts)] *= FACTORS[closing]
@@ -1776,12 +1776,8 @@ def clip_reader(*tokenizers: Any, special_as_text: bool = False) -> Reader:
     token it would end the prompt for the pooled embedding.
     """
     twins = [linear_tokenizer(tokenizer) for tokenizer in tokenizers]
-    words = {
-        token: twin.tokenize(f"<| {token[2:-2]} |>")
-        for twin in twins
-        for token in (twin.bos_token, twin.eos_token)
-        if special_as_text
-    }
+    special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
+    words = {token: twins[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
 
     @functools.cache
     def read(text: str) -> Tokens:
@@ -1812,8 +1808,8 @@ def cut_pieces(read: Reader, text: str, max_tokens: int, weight: float = 1.0) ->
     (Chinese and tag lists have no spaces), a longer word between its characters.
     """
     for part in BORDER.split(text):
-        whole = max(map(len, read(part))) <= max_tokens
-        for word in [part] if whole else cut_words(read, part):
+        fits = max(map(len, read(part))) <= max_tokens
+        for word in [part] if fits else cut_words(read, part):
             for i, piece in enumerate(cut_characters(read, word, max_tokens)):
                 yield Piece(piece, read(piece), weight, continues=i > 0)
 
@@ -1844,10 +1840,9 @@ def cut_characters(read: Reader, word: str, max_tokens: int) -> list[str]:
     size = max(map(len, read(word)))
     if size <= max_tokens or len(word) == 1:
         return [word]
-    parts = min(len(word), math.ceil(1.1 * size / max_tokens))
-    length = math.ceil(len(word) / parts)
-    halves = (word[i : i + length] for i in range(0, len(word), length))
-    return [piece for half in halves for piece in cut_characters(read, half, max_tokens)]
+    length = math.ceil(len(word) / math.ceil(1.1 * size / max_tokens))  # a tenth to spare: cuts cost tokens
+    parts = (word[i : i + length] for i in range(0, len(word), length))
+    return [piece for part in parts for piece in cut_characters(read, part, max_tokens)]
 
 
 def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
@@ -1923,21 +1918,21 @@ class ChunkState:
 def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int) -> list[ChunkState]:
     """All chunks in one batch through each text encoder, equal ones once."""
     hidden, counts = [], []
+    device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
     encoders = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
     for k, (tokenizer, encoder) in enumerate(encoders):
         tokens = [[token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS] for chunk in chunks]
-        rows = [window_ids(tokenizer, row) for row in tokens]
-        place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-        output = encoder(torch.tensor(list(place), device=pipe._execution_device), output_hidden_states=True)
-        order = [place[row] for row in rows]
-        weights = torch.tensor([window_weights(chunk, k) for chunk in chunks]).unsqueeze(-1)  # (n, 77, 1)
-        states = output.hidden_states[-clip_skip][order]  # (n, 77, D)
-        states = (states * weights.to(states.device)).to(pipe.text_encoder_2.dtype)
-        hidden.append(states.split(1))
-        counts.append(map(len, tokens))
-    pooled = output.text_embeds[order].split(1)
+        counts.append([len(row) for row in tokens])
+        windows = [window_ids(tokenizer, row) for row in tokens]
+        place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
+        output = encoder(torch.tensor(list(place), device=device), output_hidden_states=True)
+        order = [place[window] for window in windows]
+        weights = torch.tensor([window_weights(chunk, k) for chunk in chunks], device=device).unsqueeze(-1)
+        hidden.append((output.hidden_states[-clip_skip][order] * weights).to(dtype))  # (n, 77, D)
+    pooled = output.text_embeds[order]  # (n, 1280), the second encoder's alone
     return [
-        ChunkState(*state) for state in zip(zip(*hidden, strict=True), zip(*counts, strict=True), pooled, strict=True)
+        ChunkState(tuple(h[i : i + 1] for h in hidden), tuple(c[i] for c in counts), pooled[i : i + 1])
+        for i in range(len(chunks))
     ]
 
 
@@ -2635,7 +2630,7 @@ def read_field(name: str, field: Field, raw: Mapping[str, Any]) -> Any:
 
 def replace_surrogates(values: dict[str, Any], name: str) -> list[str]:
     """Puts U+FFFD where values[name] holds a lone surrogate, which UTF-8 cannot carry; returns the warning."""
-    clean = re.sub("[\ud800-\udfff]", "\ufffd", values[name])
+    clean = well_formed(values[name])
     changed = clean != values[name]
     values[name] = clean
     return [f"{name} held lone surrogates: each was replaced by U+FFFD"] if changed else []

@@ -1,16 +1,18 @@
 """Prompts: A1111's language, and what the text encoders make of it, against tests/oracle.py and diffusers itself."""
 
 import base64
+import copy
 import io
 import logging
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -267,12 +269,36 @@ def test_short_plain_prompts_are_diffusers_own(pipe, encoder, prompt, mode):
         assert_close(tensors(found), pipe.encode_prompt("a dog", negative_prompt=prompt))
 
 
+@settings(ANY, max_examples=100)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="()[]\\"), min_size=1, max_size=60))
+@example("cat " * 73 + "x!")
+def test_any_short_plain_prompt_is_diffusers_own(pipe, prompt):
+    """Any Unicode text without brackets, of at most 75 tokens for both tokenizers, gives encode_prompt's tensors."""
+    assume(all(len(tokenizer.tokenize(prompt)) <= 75 for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)))
+    found = encode(handler.PromptEncoder(pipe), prompt)
+    assert_close(tensors(found)[::2], pipe.encode_prompt(prompt)[::2])
+
+
 @pytest.mark.parametrize("clip_skip", [1, 2, 3, 12])
 def test_clip_skip(pipe, encoder, clip_skip):
     """hidden_states[-clip_skip] of both encoders, for both prompts; diffusers counts from the penultimate layer."""
     found = encode(encoder, "a cat", "a dog", clip_skip=clip_skip)
     for prompt, embeds in (("a cat", found.prompt_embeds), ("a dog", found.negative_prompt_embeds)):
         assert_close([embeds], pipe.encode_prompt(prompt, clip_skip=clip_skip - 2)[:1])
+
+
+@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+def test_half_precision(pipe, encoder, mode):
+    """With encoders in float16 all tensors are float16, and near those of float32."""
+    half = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("text_encoder", "text_encoder_2")}
+    half_pipe = SimpleNamespace(
+        tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer_2, _execution_device=torch.device("cpu"), **half
+    )
+    prompts = (LONG + "(cat:1.3)", "[fog:0.7]")
+    found = tensors(encode(handler.PromptEncoder(half_pipe), *prompts, long_prompt=mode))
+    expected = tensors(encode(encoder, *prompts, long_prompt=mode))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float16 and oracle.relative(a.float(), b) < 0.02
 
 
 @pytest.mark.parametrize("prompt", [LONG, "x" * 2_000, "wow! " * 100])
