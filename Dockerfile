@@ -47,13 +47,16 @@ ENV SDXL_CONFIG=/opt/stable-diffusion-xl-base-1.0 \
 # models, for BAKE_MODELS=1 alone. A change of handler.py runs this step again, but the cache mount still has the files,
 # and COPY --from goes by their contents: the image's 8.5 GB layer stays the one that is already pushed.
 # The key is a file that this one command sees; no layer, build argument or history entry holds it.
+# A layer keeps whole seconds of a file's time. The second setup_models() notes the times as they will be: otherwise
+# every cold start would take the files for touched and hash them again.
 
 FROM worker AS models
 COPY handler.py ./
 RUN --mount=type=secret,id=civitai,required=true --mount=type=cache,id=sdxl-models,target=/cache \
     CIVITAI_API_KEY="$(cat /run/secrets/civitai)" MODEL_CACHE_DIR=/cache \
-    python -c "import handler; assert len(handler.setup_models()[1]) == len(handler.LORA_CONFIGS), 'a LoRA failed'" \
-    && cp -a /cache /models
+    python -c "import handler as h; h.configure_logging(); assert len(h.setup_models()[1]) == len(h.LORA_CONFIGS)" \
+    && cp -r /cache /models && find /models -type f -exec touch -d 2000-01-01 {} + \
+    && MODEL_CACHE_DIR=/models python -c "import handler; handler.setup_models()"
 
 FROM worker AS worker-1
 COPY --from=models /models /models

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+import handler
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CU118_INDEX = "https://download.pytorch.org/whl/cu118"
@@ -295,6 +297,30 @@ def test_key_is_in_no_layer():
     for kind, body in instructions():
         if kind in ("ARG", "ENV", "COPY", "ADD", "LABEL"):
             assert not re.search("civitai|key|secret|token", body, flags=re.IGNORECASE), body
+
+
+def test_bake_step_leaves_a_store_that_needs_no_check(tmp_path, civitai, monkeypatch):
+    """The step's own command fetches all ten models with the secret key; the copies that go into the image, whose times
+    a layer can keep, count as untouched, so that a start in a container hashes nothing and asks nobody."""
+    command = run_with("CIVITAI_API_KEY").split("target=/cache ")[1]
+    for folder in ("/cache", "/models", "/run/secrets"):
+        (tmp_path / folder[1:]).mkdir(parents=True)
+        command = re.sub(rf"(?<=[=\s]){folder}(?=[\s/])", f"{tmp_path}{folder}", command)
+    (tmp_path / "models").rmdir()
+    (tmp_path / "run/secrets/civitai").write_text(civitai.key)
+    variables = {"PATH": f"{BIN}:{os.environ['PATH']}", "CIVITAI_BASE_URL": civitai.url}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert civitai.key not in done.stdout + done.stderr
+    baked = [file for file in (tmp_path / "models").rglob("*") if file.is_file()]
+    assert not any(civitai.key.encode() in file.read_bytes() for file in baked)
+    models = [file for file in baked if file.suffix == ".safetensors"]
+    assert len(models) == 1 + len(handler.LORA_CONFIGS)
+    assert all(file.stat().st_mtime_ns % 10**9 == 0 and handler.recorded_sha256(file) for file in models)
+    monkeypatch.setenv("MODEL_CACHE_DIR", str(tmp_path / "models"))
+    monkeypatch.setenv("CIVITAI_BASE_URL", "http://127.0.0.1:9")
+    checkpoint, loras = handler.setup_models()
+    assert {checkpoint, *loras.values()} == set(models)
 
 
 def test_models_are_baked_on_demand_alone():
