@@ -2377,7 +2377,8 @@ SCHEDULED_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
     "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", SDE | {"solver_type": "heun"}),
-    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE),  # A1111 calls the network twice a step, diffusers once
+    # A1111 calls the network twice a step here, diffusers once; lower_order_final spares a warning
+    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE | {"lower_order_final": True}),
     "DPM2": ("KDPM2DiscreteScheduler", {}),
     "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
@@ -2412,7 +2413,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "K_EULER": ("EulerDiscreteScheduler", {}),
     "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
 NEEDS_SCIPY = ("klms", "lms", "lms karras")

@@ -322,3 +322,56 @@ def test_png_signature_and_single_stream():
         position += length + 12
     assert position == len(file) and chunks[:2] == [b"IHDR", b"tEXt"] and chunks[-1] == b"IEND"
     assert set(chunks[2:-1]) == {b"IDAT"}
+
+
+# through handler()
+
+SMALL = {"width": 256, "height": 256, "steps": 1, "seed": 2**32 - 1, "num_images": 2}
+
+
+@pytest.mark.usefixtures("pipe")
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_jobs_images_carry_their_recipe(image_format):
+    """From the job to the parser: prompt, seed of each image, hashes and weights of the stack that was used."""
+    fields = {**SMALL, "prompt": "a cat, 桜", "negative_prompt": "blurry", "image_format": image_format}
+    loras = [{"name": "detail_tweaker_xl", "scale": 0.5}, {"name": "real_skin_slider", "scale": -2}]
+    reply = handler.handler({"id": "test", "input": {**fields, "loras": loras}})
+    assert reply["metadata"]["image_format"] == image_format
+    hashes = [handler.addnet_hash(file) for file in handler.WORKER.ready()[0].model_files.loras.values()]
+    for data, seed in zip(reply["images"], ("4294967295", "0"), strict=True):
+        info = ParserManager().parse(io.BytesIO(base64.b64decode(data, validate=True)))
+        (sampler,) = info.samplers
+        assert sampler.prompts[0].value == "a cat, 桜" and sampler.negative_prompts[0].value == "blurry"
+        assert sampler.parameters["seed"] == seed and info.metadata["Size"] == "256x256"
+        (text,) = info.raw_parameters.values() if image_format != "png" else [info.raw_parameters["parameters"]]
+        listed = json.loads(re.search(r", Civitai resources:\s*(\[\{.*?\}\])", text)[1])
+        assert [(entry.get("weight"), entry["modelVersionId"]) for entry in listed] == [
+            (None, 1590699),
+            (0.5, 135867),
+            (-2, 1681921),
+        ]
+        found = re.findall(r"(\w+): ([0-9a-f]{12})", re.search(r'Lora hashes: "([^"]*)"', text)[1])
+        assert [name for name, _ in found] == ["detail_tweaker_xl", "real_skin_slider"]
+        assert all(digits in hashes for _, digits in found)
+
+
+@pytest.mark.usefixtures("pipe")
+def test_a_job_can_leave_the_recipe_out():
+    """embed_metadata false: pixels alone, and the same ones."""
+    pixels = []
+    for embed in (True, False):
+        job = {**SMALL, "prompt": "a secret cat", "embed_metadata": embed}
+        data = [base64.b64decode(image) for image in handler.handler({"id": "t", "input": job})["images"]]
+        assert all((b"secret" in file) == embed for file in data)
+        pixels.append([reopened(file).tobytes() for file in data])
+    assert pixels[0] == pixels[1]
+
+
+@pytest.mark.usefixtures("pipe")
+def test_a_job_above_the_limit_is_answered_smaller(monkeypatch):
+    """MAX_RESPONSE_MB holds for the whole answer, and what was sent instead is said."""
+    monkeypatch.setenv("MAX_RESPONSE_MB", "0.03")
+    reply = handler.handler({"id": "test", "input": {**SMALL, "prompt": "a cat"}})
+    assert len(json.dumps({"output": reply})) <= 30_000
+    assert reply["metadata"]["image_format"] == "jpeg" and "JPEG of quality" in reply["metadata"]["warnings"][-1]
+    assert {reopened(base64.b64decode(image)).format for image in reply["images"]} == {"JPEG"}

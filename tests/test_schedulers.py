@@ -172,6 +172,38 @@ def test_noise_of_a_batch_is_each_images_own(base, name):
     assert torch.allclose(*drawn, atol=1e-5)
 
 
+def one_name_a_class() -> list[str]:
+    """The first name of each class and algorithm."""
+    first = {(kind, extra.get("algorithm_type")): name for name, (kind, extra) in reversed(handler.SCHEDULERS.items())}
+    return sorted(first.values())
+
+
+class Steps(handler.Observer):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def step(self, step: int, steps: int) -> None:
+        self.seen.append((step, steps))
+
+
+def job(scheduler: str, observer: handler.Observer, **fields) -> dict:
+    fields = {"prompt": "a cat", "width": 256, "height": 256, "steps": 3, "seed": 7, **fields}
+    return handler.run_job({"id": "test", "input": {**fields, "scheduler": scheduler}}, observer)
+
+
+@pytest.mark.usefixtures("pipe")
+@pytest.mark.parametrize("name", one_name_a_class())
+def test_jobs_run_with_every_class(name):
+    """Each class gives a picture, progress ends at the steps asked for, and the next job is not altered."""
+    control = job(handler.DEFAULT_SCHEDULER, handler.Observer())["images"]
+    steps = Steps()
+    answer = job(name, steps)
+    assert "error" not in answer and answer["metadata"]["scheduler"] == name
+    assert [step for step, _ in steps.seen] == sorted(step for step, _ in steps.seen)
+    assert steps.seen[-1] == (3, 3) and all(total == 3 for _, total in steps.seen)
+    assert job(handler.DEFAULT_SCHEDULER, handler.Observer())["images"] == control
+
+
 OFFICIAL = {"PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"}
 
 
