@@ -1509,7 +1509,7 @@ def load_pipeline() -> Any:
         names = adapter_names(settings.loras)
         pipe.lora_stack.apply({name: config["scale"] for name, config in zip(names, settings.loras, strict=True)})
     pipe.model_files = models
-    in_background(hash_loras, models.loras.values())
+    in_background(hash_models, models)
     for name, reason in pipe.lora_stack.failed.items():
         log.warning("LoRA %s is left out: %s", name, reason)
     if settings.torch_compile:
@@ -2129,35 +2129,32 @@ class NamedModel:
     short_hash: str
     scale: float | None = None
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any], short_hash: str, scale: float | None = None) -> NamedModel:
+        """A config's model."""
+        return cls(config["name"], config["filename"], version_id(config), short_hash, scale)
+
 
 def image_recipes(request: JobRequest, settings: Settings, files: ModelFiles, loras: list[dict[str, Any]]) -> list[str]:
     """One recipe an image, each with its own seed; "" where the job wants none. loras: the metadata's."""
     if not request.embed_metadata:
         return [""] * request.num_images
-    checkpoint = NamedModel(
-        settings.checkpoint["name"],
-        settings.checkpoint["filename"],
-        version_id(settings.checkpoint),
-        (recorded_sha256(files.checkpoint) or "")[:10],
-    )
-    stack = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
-    stacked = [
-        NamedModel(config["name"], config["filename"], version_id(config), addnet_hash(files.loras[name]), scale)
-        for name, scale in (lora.values() for lora in loras)
-        for config in [stack[name]]
-    ]
+    checkpoint = NamedModel.of(settings.checkpoint, checkpoint_hash(files.checkpoint))
+    configs = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
+    scales = {lora["name"]: lora["scale"] for lora in loras}
+    stack = [NamedModel.of(configs[name], addnet_hash(files.loras[name]), scale) for name, scale in scales.items()]
     vae = Path(settings.vae_model).name
-    return [a1111_parameters(request, seed, vae, checkpoint, stacked) for seed in request.seeds]
+    return [a1111_parameters(request, seed, vae, checkpoint, stack) for seed in request.seeds]
 
 
-def a1111_parameters(
-    request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: Iterable[NamedModel]
-) -> str:
-    """What A1111 and Civitai read back from an image:
+def a1111_parameters(request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: list[NamedModel]) -> str:
+    """What A1111 and Civitai read back from an image, unknown parts left out:
 
-    a cat
-    Negative prompt: blurry
-    Steps: 24, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4.5, Seed: 1, Size: 1024x1024, ...
+        a cat
+        Negative prompt: blurry
+        Steps: 24, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4.5, Seed: 1, Size: 1024x1024, ...
+
+    Fields in A1111's order, values quoted by its rule, Civitai's own list last.
     """
     sampler, schedule = split_schedule(request.scheduler)
     hashes = ", ".join(f"{plain_stem(lora)}: {lora.short_hash}" for lora in loras if lora.short_hash)
@@ -2224,9 +2221,20 @@ def addnet_hash(file: Path) -> str:
         return ""
 
 
-def hash_loras(files: Iterable[Path]) -> None:
+@functools.cache
+def checkpoint_hash(file: Path) -> str:
+    """A1111's hash of a checkpoint: 10 digits of its SHA256, "" where the store has none on record."""
+    try:
+        return (recorded_sha256(file) or "")[:10]
+    except OSError as error:
+        log.warning("no hash of %s: %s", file.name, error)
+        return ""
+
+
+def hash_models(files: ModelFiles) -> None:
     """Computes the hashes ahead of the first job that writes them; to be run in the background."""
-    for file in files:
+    checkpoint_hash(files.checkpoint)
+    for file in files.loras.values():
         addnet_hash(file)
 
 

@@ -158,6 +158,17 @@ def test_lora_hash_is_a1111s(tmp_path):
 def test_a_missing_file_has_no_hash(tmp_path):
     """A hash that cannot be had is left out; the job goes on."""
     assert handler.addnet_hash(tmp_path / "gone.safetensors") == ""
+    assert handler.checkpoint_hash(tmp_path / "gone.safetensors") == ""
+
+
+def test_checkpoint_hash_is_a1111s(tmp_path):
+    """10 digits of the whole file's SHA256, where the store has recorded it; a file put there by hand has none."""
+    fetched, by_hand = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for file in (fetched, by_hand):
+        file.write_bytes(b"model")
+    handler.write_record(fetched, fetched.stat(), handler.file_sha256(fetched))
+    assert handler.checkpoint_hash(fetched) == hashlib.sha256(b"model").hexdigest()[:10]
+    assert handler.checkpoint_hash(by_hand) == ""
 
 
 # the files
