@@ -1542,6 +1542,7 @@ def phase(what: str, *args: object) -> Iterator[None]:
 def choose_device(settings: Settings) -> str:
     """ "cuda", or "cpu" where the settings allow it; raises SetupFailed otherwise."""
     if torch.cuda.is_available():
+        check_cuda()
         return "cuda"
     if settings.allow_cpu:
         return "cpu"
@@ -1549,6 +1550,19 @@ def choose_device(settings: Settings) -> str:
         "no CUDA device was found: choose a GPU that CUDA 11.8 supports, or set ALLOW_CPU=1 for a slow run without one",
         detail=f"torch {torch.__version__}, CUDA {torch.version.cuda}",
     )
+
+
+def check_cuda() -> None:
+    """Multiplies two small matrices: a GPU without kernels for it (Blackwell), or a broken one, is told before the
+    models are there. Raises SetupFailed."""
+    try:
+        ones = torch.ones(64, 64, dtype=torch.float16, device="cuda")
+        works = (ones @ ones).eq(64).all().item()
+        cause: object = "wrong result"
+    except RuntimeError as error:
+        works, cause = False, error
+    if not works:
+        raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
 
 
 def quiet_libraries() -> None:
@@ -2930,6 +2944,7 @@ def take_over(sdk: Any, loop: JobLoop) -> None:
 
     class Scaler(sdk.rp_scale.JobScaler):
         def start(self) -> None:
+            """Instead of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop."""
             asyncio.run(loop.serve())
 
     sdk.rp_scale.JobScaler = Scaler
@@ -2939,6 +2954,7 @@ def take_over(sdk: Any, loop: JobLoop) -> None:
 def set_up() -> int:
     """Makes the worker ready, or raises WorkerError; returns how many jobs it may hold."""
     settings = Settings.from_environ()
+    check_store(settings)
     pipe, encoder = WORKER.ready()
     with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
         side = 1024 if torch.cuda.is_available() else 256
@@ -2946,6 +2962,19 @@ def set_up() -> int:
         images, _ = generate(pipe, encoder, request, Timings(), Observer())
     encode_images(images, request.image_format)
     return settings.jobs_in_flight
+
+
+def check_store(settings: Settings) -> None:
+    """Raises SetupFailed where a model file is missing and its folder cannot be written to."""
+    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
+    files += [settings.lora_dir / config["filename"] for config in settings.loras]
+    for folder in {file.parent for file in files if not file.is_file()}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise SetupFailed("the model store cannot be written to: check MODEL_CACHE_DIR", detail=error) from error
 
 
 class JobLoop:
@@ -3010,6 +3039,7 @@ class JobLoop:
         self.changed.set()
 
     async def close_last_poll(self) -> None:
+        """Hangs up; RunPod gives the poll's job to another worker."""
         await asyncio.sleep(LAST_POLL_S)
         while self.held:
             await asyncio.wait(self.held)
@@ -3118,9 +3148,11 @@ class Progress(Observer):
         self.next_at = 0.0
 
     def denoising(self) -> None:
+        """In the job's thread: the next job may be asked for."""
         self.jobs.loop.call_soon_threadsafe(self.jobs.begun, self.job_id)
 
     def step(self, step: int, steps: int) -> None:
+        """In the job's thread."""
         self.jobs.loop.call_soon_threadsafe(self.report, step, steps)
 
     def report(self, step: int, steps: int) -> None:
@@ -3130,6 +3162,7 @@ class Progress(Observer):
             self.update = self.jobs.loop.create_task(self.send(step, steps))
 
     async def send(self, step: int, steps: int) -> None:
+        """One update; one that gets lost is no harm."""
         output = {"step": step, "steps": steps, "percent": round(100 * step / steps)}
         try:
             await self.jobs.post(self.job_id, json.dumps({"status": "IN_PROGRESS", "output": output}).encode(), 10)

@@ -21,10 +21,10 @@ def breakage() -> str:
     return file.read_text() if file.exists() else ""
 
 
-def fail(*_: object) -> None:
+def fail(_unet: object, inputs: tuple) -> None:
     import torch
 
-    if breakage() == "oom":
+    if inputs[0].shape[-1] == 576 // 8:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if breakage() == "fatal":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

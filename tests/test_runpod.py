@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from runpod_server import KEY, RunPodServer, Worker
+from soak import OUT_OF_MEMORY_WIDTH, soak
 from world import API_KEY
 
 import handler
@@ -62,7 +63,7 @@ def shared(world, tmp_path_factory):
     """One worker for the tests that leave it in working order, with every log line on; (queue, worker, folder)."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "tmp").mkdir()
-    environ = {**world.environ(), "LORAS": "", "RUNPOD_LOG_LEVEL": "DEBUG", "TMPDIR": str(folder / "tmp")}
+    environ = {**world.environ(), "LORAS": "135867,294259", "RUNPOD_LOG_LEVEL": "DEBUG", "TMPDIR": str(folder / "tmp")}
     with RunPodServer() as server, Worker(server, folder, environ, BREAKABLE) as worker:
         yield server, worker.ready(), folder
     assert_clean(server)
@@ -97,16 +98,14 @@ def family(worker: Worker) -> list[int]:
 # every job answered
 
 
-def test_jobs_and_failures_are_answered(shared, breaks):
+def test_jobs_and_failures_are_answered(shared):
     """A good job, a refused one and one out of memory are each answered as the SDK would, and the worker goes on."""
     server = shared[0]
     assert is_good(server.result(server.submit(SHORT)))
     refused = server.result(server.submit({**SHORT, "width": 1023}))
     assert refused["output"] == {"code": "INVALID_INPUT"} and "width" in refused["error"] and len(refused) == 2
-    breaks("oom")
-    failed = server.result(server.submit(SHORT))
+    failed = server.result(server.submit({**SHORT, "width": OUT_OF_MEMORY_WIDTH}))
     assert failed["output"] == {"code": "OUT_OF_MEMORY"} and len(failed) == 2
-    breaks("")
     assert is_good(server.result(server.submit(SHORT)))
 
 
@@ -125,6 +124,18 @@ def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
     surrogate = server.submit({**SHORT, "prompt": "a \ud800 cat"})
     assert {server.result(job_id)["output"]["code"] for job_id in bad} == {"INVALID_INPUT"}
     assert "U+FFFD" in server.result(surrogate)["output"]["metadata"]["warnings"][0]
+
+
+def test_the_store_must_be_writable(world, tmp_path, monkeypatch):
+    """A store that cannot be written to is SETUP_FAILED where a file is missing in it, and only there."""
+    (tmp_path / "file").touch()
+    for name, value in {**world.environ(), "CHECKPOINT_DIR": str(tmp_path / "file" / "below")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(handler.SetupFailed, match="MODEL_CACHE_DIR") as caught:
+        handler.check_store(handler.Settings.from_environ())
+    assert str(tmp_path) not in str(caught.value)
+    monkeypatch.setenv("CHECKPOINT_DIR", str(world.checkpoint.parent))
+    handler.check_store(handler.Settings.from_environ())
 
 
 @pytest.mark.parametrize("value", [object(), float("nan"), {1: {2: object()}}, "cycle"])
@@ -210,6 +221,12 @@ def test_jobs_in_flight(shared, breaks):
     held = [sum(change for _, change in sorted(events)[: n + 1]) for n in range(len(events))]
     assert max(held) == 2
     assert {poll.batch for poll in server.polls} == {1}
+
+
+def test_soak(shared):
+    """Different jobs, failures among them, are answered once each as their kind asks; none alters the one after it."""
+    server, worker, _ = shared
+    soak(server, worker, ["Detail Tweaker XL", "hand_detail_flux_xl"], jobs=40, every=20)
 
 
 def test_idle_gpu():

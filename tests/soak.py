@@ -1,0 +1,110 @@
+"""The worker for hours in minutes: many different jobs through the queue, failures mixed in.
+
+    python tests/soak.py --jobs 2000
+
+Every job must be answered exactly once and as its kind asks, a fixed control job every hundred must give the same
+image, and the worker's memory must stay where it was after the first hundred. Prints a line per hundred jobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from runpod_server import RunPodServer, Worker  # noqa: E402
+
+import handler  # noqa: E402
+
+CONTROL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 320, "steps": 3, "seed": 7, "num_images": 2}
+WORDS = ("red", "brick", "house", "by", "the", "sea", "violet", "(otters:1.3)", "and", "[ships]", "BREAK")
+OUT_OF_MEMORY_WIDTH = 576  # breakable_worker.py's UNet fails at it
+
+
+def random_job(dice: random.Random, loras: list[str]) -> tuple[dict[str, Any], str]:
+    """A job's input, and the code of its answer: "" for a good one."""
+    job: dict[str, Any] = {
+        "prompt": " ".join(dice.choices(WORDS, k=dice.choice((1, 5, 20, 120)))),
+        "negative_prompt": " ".join(dice.choices(WORDS, k=dice.choice((0, 0, 10, 100)))),
+        "width": 8 * dice.randint(32, 44),
+        "height": 8 * dice.randint(32, 44),
+        "steps": dice.randint(1, 3),
+        "seed": dice.randrange(2**32),
+        "guidance_scale": dice.choice((1, 4.5, 7.0)),
+        "scheduler": dice.choice(list(handler.SCHEDULERS)),
+        "clip_skip": dice.choice((1, 2, 2, 4)),
+        "long_prompt": dice.choice(("blend", "concat", "truncate")),
+        "num_images": dice.choice((1, 1, 1, 2)),
+        "image_format": dice.choice(("png", "png", "jpeg", "webp")),
+    }
+    if dice.random() < 0.5:
+        chosen = dice.sample(loras, dice.randint(0, len(loras)))
+        job["loras"] = [{"name": name, "scale": dice.choice((0.3, 1.0, -2.0))} for name in chosen]
+    kind = dice.random()
+    if kind < 0.05:
+        return {**job, "width": OUT_OF_MEMORY_WIDTH}, "OUT_OF_MEMORY"
+    if kind < 0.10:
+        return {**job, **dice.choice(({"steps": 0}, {"promt": "x"}, {"width": 1023}, {"seed": 1e400}))}, "INVALID_INPUT"
+    return job, ""
+
+
+def resident_mb(worker: Worker) -> float:
+    """The worker's memory in megabytes."""
+    status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1000
+
+
+def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, every: int = 100) -> list[float]:
+    """Serves the jobs, `every` of them queued at a time; returns the memory after each lot. Raises AssertionError."""
+    dice, memory, controls = random.Random(0), [], []
+    for _ in range(jobs // every):
+        started = time.monotonic()
+        wanted: dict[str, str] = {}
+        for _ in range(every - 1):
+            job, code = random_job(dice, loras)
+            job_id = server.submit(job)
+            wanted[job_id] = code
+            if dice.random() < 0.05:
+                server.inject("job-done", [dice.choice(("reset", 429, 500))], job_id)
+        server.inject("job-take", [dice.choice((None, None, None, 204, 503, "reset")) for _ in range(every // 10)])
+        for job_id, code in wanted.items():
+            result = server.result(job_id, timeout=600)
+            assert result["output"].get("code", "") == code, (result.get("error"), server.jobs[job_id].envelope)
+        controls.append(server.result(server.submit(CONTROL), timeout=600)["output"]["images"])
+        memory.append(resident_mb(worker))
+        print(f"{len(server.jobs)} jobs, {time.monotonic() - started:.0f} s, {memory[-1]:.0f} MB", flush=True)
+    assert all(images == controls[0] for images in controls), "a job changed the one after it"
+    assert [job.id for job in server.jobs.values() if len(job.results) != 1] == []
+    assert server.violations == []
+    return memory
+
+
+def main() -> None:
+    from world import build_world
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2000)
+    options = parser.parse_args()
+    world = build_world(TESTS / ".cache")
+    environ = {**world.environ(), "LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
+    loras = ["Detail Tweaker XL", "hand_detail_flux_xl", "boring_reality_v3"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunPodServer() as server,
+        Worker(server, Path(folder), environ, str(TESTS / "breakable_worker.py")) as worker,
+    ):
+        worker.ready()
+        memory = soak(server, worker, loras, options.jobs)
+        print(f"{len(server.jobs)} jobs answered once each; memory {memory[0]:.0f} -> {memory[-1]:.0f} MB")
+        assert max(memory[1:], default=0) < 1.05 * memory[0], "memory grows"
+
+
+if __name__ == "__main__":
+    main()
