@@ -2960,7 +2960,7 @@ def set_up() -> int:
         side = 1024 if torch.cuda.is_available() else 256
         request = parse_request({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
         images, _ = generate(pipe, encoder, request, Timings(), Observer())
-    encode_images(images, request.image_format)
+    encode_images(images, [""], request.image_format)
     return settings.jobs_in_flight
 
 
