@@ -2468,8 +2468,11 @@ REQUIRED = object()
 def shown(value: object) -> str:
     """A value as an error message quotes it: short, printable, whatever it is."""
     if isinstance(value, int) and abs(value) >= 10**40:
-        return "a huge integer"  # int -> str refuses more than 4,300 digits
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+        return "a huge integer"
+    try:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # int -> str refuses more than 4,300 digits, here somewhere within
+        return "a huge value"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
