@@ -1779,25 +1779,37 @@ def linear_tokenizer(tokenizer: Any) -> Any:
 
 
 Tokens = tuple[list[str], ...]  # of one text, one list for each tokenizer
-Reader = Callable[[str], Tokens]
 
 
-def clip_reader(*tokenizers: Any, special_as_text: bool = False) -> Reader:
-    """A function text -> tokens that remembers what it has read.
+class Reader:
+    """Texts to CLIP's tokens, each read once.
 
     SDXL's tokenizers differ: the second reads each "!" as its padding token, so "wow!!!" is two tokens for the first
     and four for the second. special_as_text reads a written "<|endoftext|>" as the words that it is made of; as a
     token it would end the prompt for the pooled embedding.
     """
-    twins = [linear_tokenizer(tokenizer) for tokenizer in tokenizers]
-    special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
-    words = {token: twins[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
 
-    @functools.cache
-    def read(text: str) -> Tokens:
-        return tuple([part for token in twin.tokenize(text) for part in words.get(token, [token])] for twin in twins)
+    def __init__(self, *tokenizers: Any, special_as_text: bool = False) -> None:
+        self.tokenizers = [linear_tokenizer(tokenizer) for tokenizer in tokenizers]
+        special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
+        self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
+        self.special = set(tokenizers[0].all_special_tokens)
+        self.known: dict[str, Tokens] = {}
 
-    return read
+    def __call__(self, text: str) -> Tokens:
+        """ "a <|endoftext|>" -> (["a</w>", "<|endoftext|>"], ["a</w>", "<|endoftext|>"])."""
+        if text not in self.known:
+            found = [tokenizer.tokenize(text) for tokenizer in self.tokenizers]
+            self.known[text] = tuple([t for token in row for t in self.words.get(token, [token])] for row in found)
+        return self.known[text]
+
+    def size(self, text: str) -> int:
+        """How many of a chunk's tokens a text takes up."""
+        return max(map(len, self(text)))
+
+    def ends_word(self, token: str) -> bool:
+        """Whether a word ends with a token of the first tokenizer."""
+        return token.endswith("</w>") or token in self.special
 
 
 @dataclass(frozen=True)
@@ -1822,8 +1834,7 @@ def cut_pieces(read: Reader, text: str, max_tokens: int, weight: float = 1.0) ->
     (Chinese and tag lists have no spaces), a longer word between its characters.
     """
     for part in BORDER.split(text):
-        fits = max(map(len, read(part))) <= max_tokens
-        for word in [part] if fits else cut_words(read, part):
+        for word in [part] if read.size(part) <= max_tokens else cut_words(read, part):
             for i, piece in enumerate(cut_characters(read, word, max_tokens)):
                 yield Piece(piece, read(piece), weight, continues=i > 0)
 
@@ -1831,7 +1842,8 @@ def cut_pieces(read: Reader, text: str, max_tokens: int, weight: float = 1.0) ->
 def cut_words(read: Reader, text: str) -> list[str]:
     """An unspaced text cut where a token ends a word: "cat,dog" -> ["cat", ",", "dog"].
 
-    Tokens spell the bytes of the cleaned text; how many of them a character makes up shows when it is read alone.
+    Tokens spell the bytes of the cleaned text; how many of them a character makes up shows when it is read alone, or
+    together with the accents that the tokenizer composes it with.
     """
 
     @functools.cache
@@ -1839,22 +1851,20 @@ def cut_words(read: Reader, text: str) -> list[str]:
         return [len(token.removesuffix("</w>")) for token in read(part)[0]]
 
     places = accumulate(lengths(text))
-    ends = {place for place, token in zip(places, read(text)[0], strict=True) if token.endswith(("</w>", "text|>"))}
-    words, start, position = [], 0, 0
-    for character in regex.finditer(r"\X", text):  # with its accents, which CLIP's tokenizer composes
-        position += sum(lengths(character[0]))
-        if position in ends:
-            words.append(text[start : character.end()])
-            start = character.end()
-    return words if start == len(text) and position == sum(lengths(text)) else [text]
+    ends = {place for place, token in zip(places, read(text)[0], strict=True) if read.ends_word(token)}
+    for characters in (list(text), regex.findall(r"\X", text)):
+        reached = list(accumulate(sum(lengths(character)) for character in characters))
+        if reached[-1] == sum(lengths(text)):
+            cuts = [i + 1 for i, place in enumerate(reached) if place in ends]
+            return ["".join(characters[start:end]) for start, end in pairwise([0, *cuts])]
+    return [text]
 
 
 def cut_characters(read: Reader, word: str, max_tokens: int) -> list[str]:
     """[word], or where that is longer than max_tokens about equal parts that are not: only ids at the cuts change."""
-    size = max(map(len, read(word)))
-    if size <= max_tokens or len(word) == 1:
+    if read.size(word) <= max_tokens or len(word) == 1:
         return [word]
-    length = math.ceil(len(word) / math.ceil(1.1 * size / max_tokens))  # a tenth to spare: cuts cost tokens
+    length = math.ceil(len(word) / math.ceil(1.1 * read.size(word) / max_tokens))  # a tenth to spare: cuts cost tokens
     parts = (word[i : i + length] for i in range(0, len(word), length))
     return [piece for part in parts for piece in cut_characters(read, part, max_tokens)]
 
@@ -1901,7 +1911,7 @@ def tokenize_chunks(tokenizer: Any, prompt: str, max_tokens: int = CHUNK_TOKENS)
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    pieces = cut_pieces(clip_reader(tokenizer), well_formed(prompt), max_tokens)
+    pieces = cut_pieces(Reader(tokenizer), well_formed(prompt), max_tokens)
     return ["".join(piece.text for piece in chunk).strip(SPACE) for chunk in pack_chunks(pieces, max_tokens)]
 
 
@@ -2017,8 +2027,8 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
     in it; (None, None) where it fits into the 77 tokens."""
     if not 1 <= max_tokens <= CHUNK_TOKENS:
         raise ValueError(f"max_tokens must be from 1 to {CHUNK_TOKENS}, got {max_tokens}")
-    read, prompt = clip_reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
-    if max(map(len, read(prompt))) <= CHUNK_TOKENS:
+    read, prompt = Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
+    if read.size(prompt) <= CHUNK_TOKENS:
         return None, None
     with torch.no_grad():
         states = encode_chunks(pipe, pack_chunks(cut_pieces(read, prompt, max_tokens), max_tokens), clip_skip=2)
@@ -2073,7 +2083,7 @@ class PromptEncoder:
         keys = {prompt: (prompt, long_prompt, clip_skip, stack) for prompt in prompts}
         new = [prompt for prompt, key in keys.items() if key not in self.seen]
         if new:
-            read = clip_reader(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True)
+            read = Reader(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True)
             chunks = {prompt: chunk_prompt(read, prompt, long_prompt) for prompt in new}
             states = iter(encode_chunks(self.pipe, list(chain(*chunks.values())), clip_skip))
             for prompt in new:
