@@ -7,6 +7,8 @@ import logging
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import BAD_LORAS, Lora, Noise, World, lora_tensors, write_bad_lora, write_lora, write_tensors
 
@@ -469,9 +472,16 @@ def first_layer(tensors: dict[str, np.ndarray]) -> str:
     return next(name.partition(".lora_")[0] for name in tensors if ".lora_" in name)
 
 
+def eight_bits(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The matrices in a type that torch can hardly compute with."""
+    halves = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+    return {name: half.to(torch.float8_e4m3fn) if half.ndim else half for name, half in halves.items()}
+
+
 MORE = dict(
     [
         ("missing", lambda path: path),
+        ("eight bits", lambda path: save_file(eight_bits(world_tensors(Lora(4, 2.0), "kohya")), path)),
         spoiled("nan alpha", lambda t: t | {f"{first_layer(t)}.alpha": np.float16("nan")}),
         spoiled("alphas only", lambda t: {name: v for name, v in t.items() if name.endswith(".alpha")}),
         spoiled("no tensors", lambda _: {}),
@@ -499,7 +509,7 @@ REASONS = {
     "half": "one half of 1 of its",
     "nan": "NaN",
     "inf": "infinite",
-    "nan alpha": "NaN",
+    "nan alpha": "alpha",
     "no_keys": "no LoRA weights",
     "no tensors": "no LoRA weights",
     "empty": "not a safetensors file",
@@ -515,6 +525,7 @@ REASONS = {
     "embedding": "bundle_emb",
     "other ranks": "in SDXL",
     "one dimension": "in SDXL",
+    "eight bits": "float8",
 }
 
 
@@ -612,8 +623,6 @@ def test_an_empty_stack_is_the_bare_checkpoint(start, loaded) -> None:
 
 def test_another_checkpoint_is_a_setting(start, world, loaded, tmp_path: Path) -> None:
     """CHECKPOINT=<version id> runs another model of Civitai's, with the same stack."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(world.checkpoint)
     save_file({k: v * 0.5 for k, v in tensors.items()}, tmp_path / "store" / "checkpoints" / "civitai_42.safetensors")
     pipe = start(CHECKPOINT="42")
@@ -628,3 +637,18 @@ def test_a_bad_file_in_the_store_does_not_stop_a_start(start, tmp_path: Path) ->
     stack = start().lora_stack
     assert stack.applied == {name: scale for name, scale in SCALES.items() if name != "detail_tweaker_xl"}
     assert "LoHa" in stack.failed["detail_tweaker_xl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks
+
+
+@pytest.mark.timeout(300)
+def test_the_gpu_benchmark_runs_without_a_gpu() -> None:
+    """Small, on this machine: four ways, each with its row."""
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    run = subprocess.run([sys.executable, script, "--small"], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"^\| (\w.*?) \| 1 \| \d+\.\d\d \(", run.stdout, re.MULTILINE)
+    assert rows == ["bare checkpoint", "2 unfused adapters", "worker", "worker, compiled"]
+    assert "is not GPU work" in run.stdout
