@@ -10,7 +10,7 @@ import torch
 
 import handler
 
-STEPS = (1, 2, 3, 5, 24, 50, 150)
+STEPS = (1, 2, 5, 24, 50, 150)
 SPREAD = 0.7  # standard deviation of the data that the ideal denoiser was "trained" on
 SDXL = {
     "num_train_timesteps": 1000,
