@@ -3137,9 +3137,11 @@ class JobLoop:
                 await self.post(job_id, body, ANSWER_TRY_S)
                 return True
             except (aiohttp.ClientError, TimeoutError) as error:
-                status = getattr(error, "status", 500)
-                log.warning("job %s: posting its answer: %s %d", job_id, type(error).__name__, status)
-            if (status < 500 and status not in (408, 429)) or self.loop.time() > deadline:
+                status = getattr(error, "status", None)  # None where there was no answer
+                reason = f"HTTP {status}" if status else type(error).__name__
+                log.warning("job %s: posting its answer: %s", job_id, reason)
+            lasting = status and status < 500 and status not in (408, 429)
+            if lasting or self.loop.time() > deadline:
                 return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, 8)

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer
             cwd=note.parent if way == "loop" else tempfile.mkdtemp(dir=note.parent),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         for n, note in enumerate(notes)
     ]
@@ -112,7 +114,7 @@ def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer
         assert not server.violations, server.violations
     finally:
         for process in processes:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the plain SDK's heartbeat would live on
             process.wait()
 
 
