@@ -356,16 +356,12 @@ USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a l
 CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
 MIN_SPAN, MAX_SPAN = 2 * MIB, 32 * MIB  # what one request asks for
 MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.01  # what one read takes, and about how long
-CONNECT_S, STALL_S = 10.0, 30.0
-TRIES, FEW_TRIES = 8, 3  # in a row, without progress
+CONNECT_S, STALL_S, LISTING_S = 10.0, 30.0, 5.0
+TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
-LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = (
-    5.0,
-    1.0,
-    40.0,
-)  # of a lock: changed so often, looked at so often, dead after so long
-REPORT_S, LISTING_S = 5.0, 5.0
-READERS = 8
+LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
+REPORT_S = 5.0
+READERS = 8  # at once, of one file
 
 
 @dataclass(frozen=True)
@@ -471,10 +467,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
     """Notes a file's stamp and hash, whole or not at all."""
-    record = record_file(path)
-    temporary = record.with_name(f"{record.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{new_owner()}.journal")  # which is swept like one after a kill
     temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
-    temporary.replace(record)
+    temporary.replace(record_file(path))
 
 
 def is_untouched(record: Mapping[str, Any], stat: os.stat_result) -> bool:
@@ -486,7 +481,7 @@ def recorded_sha256(path: Path) -> str | None:
     """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, or was
     put there by hand."""
     record = read_record(path)
-    return record.get("sha256") if is_untouched(record, path.stat()) else None
+    return record.get("sha256") if record and is_untouched(record, path.stat()) else None
 
 
 WRONG_HASH = "has another SHA256 than the published file"
@@ -514,23 +509,23 @@ def content_problem(path: Path, name: str) -> str:
 # one HTTP client for all files
 
 
+LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
+
+
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what a key is bound to."""
+    """Scheme, host and port, which a key is bound to: "https://civitai.com/a?b" -> ("https", "civitai.com", 443)."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def is_safe_redirect(url: str) -> bool:
-    """https, or http on this very machine."""
-    parts = urlsplit(url)
-    if parts.scheme == "https":
-        return True
-    loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", parts.hostname or "")
-    return parts.scheme == "http" and loopback is not None
+def is_safe(url: str) -> bool:
+    """Whether a redirect may lead there: https, or this very machine."""
+    scheme, host, _ = origin(url)
+    return scheme == "https" or (scheme == "http" and LOOPBACK.fullmatch(host or "") is not None)
 
 
 class Fault(Exception):
-    """Something that another try may cure, and how many tries in a row it is worth."""
+    """Why a file's bytes do not come, and how many tries in a row that is worth."""
 
     def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -546,8 +541,8 @@ def network_faults() -> Iterator[None]:
     """Turns what the HTTP libraries raise into Fault. Their texts quote signed links, so only the type is kept."""
     try:
         yield
-    except ValueError as error:  # InvalidURL and its like, in an address or a redirect
-        raise DownloadError("a model's address is not a valid URL", detail=type(error).__name__) from None
+    except ValueError as error:  # InvalidURL and its like, in a configured address or a redirect's
+        raise Fault("its address is not a valid URL", ONE_TRY) from error
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
         raise Fault("the server sent nothing for too long") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -565,7 +560,7 @@ class Client:
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
 
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
-        """The open response at the end of a chain of redirects. Raises Fault or DownloadError."""
+        """The open response at the end of a chain of redirects. Raises Fault."""
         history: list[Any] = []
         with network_faults():
             while len(history) < 5:
@@ -576,8 +571,8 @@ class Client:
                 response.close()
                 history.append(response)
                 url = urljoin(url, response.headers["location"])
-                if not is_safe_redirect(url):
-                    raise DownloadError("a download was redirected to an address without encryption")
+                if not is_safe(url):
+                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
         raise Fault("the server redirects in circles", FEW_TRIES)
 
     def request(self, url: str, byte_range: str, stall_s: float) -> Any:
@@ -598,7 +593,7 @@ class Client:
                 with self.get(url, stall_s=LISTING_S) as response, network_faults():
                     response.raise_for_status()
                     return pick_sha256(response.json()["files"], size, urlsplit(model.url).query)
-            except (Fault, DownloadError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (Fault, KeyError, TypeError, AttributeError) as error:
                 log.warning("%s: Civitai tells no hash: %s", model, error)
         return None
 
@@ -635,7 +630,7 @@ def machine() -> str:
 
 
 def new_owner() -> str:
-    """A name for one span of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
+    """A name for one piece of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
     return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -744,20 +739,21 @@ class Part:
         """The files of an owner's part."""
         return tuple(self.path.with_name(f".{self.path.name}.{owner}.{kind}") for kind in ("part", "journal"))
 
-    def owners(self) -> list[str]:
+    def owners(self) -> set[str]:
         """All whose parts of this file lie in the store."""
-        names = (file.name for file in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.journal"))
-        return [name.removeprefix(f".{self.path.name}.").removesuffix(".journal") for name in names]
+        files = self.path.parent.glob(f".{glob.escape(self.path.name)}.*")
+        names = (file.stem for file in files if file.suffix in (".part", ".journal"))
+        return {name.removeprefix(f".{self.path.name}.") for name in names}
 
     def begin(self, dead: set[str]) -> Part:
         """Opens the part, with what a dead worker left of the same file. To be used in a `with`."""
         for owner in self.owners():
             if owner in dead or is_gone(owner):
-                if not self.starts:
+                with suppress(FileNotFoundError):  # where locks do nothing, another worker may be quicker
                     self.adopt(owner)
                 self.sweep(owner)
-        records = b"".join(self.RECORD.pack(*ends) for ends in self.starts.items())
-        self.journal.write_bytes(self.identity + b"\n" + records)
+        if not self.starts:
+            self.journal.write_bytes(self.identity + b"\n")
         self.log = self.descriptor(self.journal, os.O_WRONLY | os.O_APPEND)
         self.file = self.descriptor(self.data, os.O_RDWR | os.O_CREAT)
         return self
@@ -782,14 +778,15 @@ class Part:
         return descriptor
 
     def adopt(self, owner: str) -> None:
-        """Takes an owner's part over, where it is of the same file."""
+        """Takes an owner's part over, where it is of the same file. Its journal first: so a kill loses nothing."""
         data, journal = self.names(owner)
         identity, _, records = journal.read_bytes().partition(b"\n")
-        if identity != self.identity or not data.exists():
+        if identity != self.identity or self.starts or not data.exists():
             return
+        records = records[: len(records) - len(records) % self.RECORD.size]  # the last one may be torn
+        self.journal.write_bytes(identity + b"\n" + records)
         data.rename(self.data)
-        whole = len(records) - len(records) % self.RECORD.size  # the last one may be torn
-        for start, end in sorted(self.RECORD.iter_unpack(records[:whole])):
+        for start, end in sorted(self.RECORD.iter_unpack(records)):
             self.add(start, end)
 
     def sweep(self, owner: str) -> None:
@@ -863,12 +860,9 @@ class Model:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path, client: Client) -> Model:
         """A config's file, at the server that CIVITAI_BASE_URL names."""
-        with network_faults():
-            parts = urlsplit(config["url"])
-            from_civitai = origin(config["url"]) in (origin(CIVITAI), origin(client.base_url))
-        url = f"{client.base_url}{parts.path}?{parts.query}" if from_civitai else config["url"]
+        url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: client.base_url, config["url"])
+        version = version_id(config) if url.startswith(f"{client.base_url}/") else ""
         sha256 = config.get("sha256")
-        version = version_id(config) if from_civitai else ""
         return cls(config["name"], url, folder / config["filename"], version, sha256 and sha256.lower())
 
     def __str__(self) -> str:
@@ -890,6 +884,10 @@ class Model:
             with suppress(OSError):  # a volume may be read-only
                 write_record(self.path, stat, expected)
         return problem
+
+
+REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
+REFUSALS[410] = "its creator or Civitai has removed it"
 
 
 @dataclass(frozen=True)
@@ -918,14 +916,17 @@ class Download:
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
-        path = self.model.path
         with disk_errors(self.model):
             if again or self.model.problem():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with StoreLock(path) as lock:
-                    if (again and not lock.waited) or not self.is_usable():
-                        self.fetch(lock)
-        return path
+                self.fetch_in_turn(again)
+        return self.model.path
+
+    def fetch_in_turn(self, again: bool) -> None:
+        """Fetches the file, unless another worker has done so while this one waited for its turn."""
+        self.model.path.parent.mkdir(parents=True, exist_ok=True)
+        with StoreLock(self.model.path) as lock:
+            if (again and not lock.waited) or not self.is_usable():
+                self.fetch(lock)
 
     def is_usable(self) -> bool:
         """Whether the file is in place; one that cannot be used is deleted."""
@@ -974,9 +975,8 @@ class Download:
                 raise WrongFile(WRONG_HASH)
             part.publish(hashing.result())
         self.fetched, seconds = True, time.monotonic() - started
-        log.info(
-            "%s: %.1f MB in %.1f s, %s", self.model, part.size / MB, seconds, "verified" if expected else "no hash"
-        )
+        note = "SHA256 verified" if expected else "no SHA256 to verify it by"
+        log.info("%s: %.1f MB in %.1f s, %s", self.model, part.size / MB, seconds, note)
 
     def ask(self) -> Source:
         """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
@@ -993,23 +993,20 @@ class Download:
         return Source(response.url, int(found[1]), etag, None)
 
     def check_status(self, response: Any, signed: bool) -> None:
-        """Raises Fault for an answer that may pass, DownloadError for one that will not."""
+        """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
         status, said = response.status_code, f"the server answered {response.status_code}"
         if status in (200, 206):
-            if response.headers.get("content-type", "").startswith("text/html"):
-                raise Fault("a web page came instead of the file; check CIVITAI_API_KEY", FEW_TRIES)
-            return
+            if not response.headers.get("content-type", "").startswith("text/html"):
+                return
+            raise Fault("a web page came instead of the file; check CIVITAI_API_KEY", FEW_TRIES)
         if status == 429 or status >= 500:
             seconds = response.headers.get("retry-after", "")
             raise Fault(f"{said}; try later", wait_s=float(seconds) if seconds.isdigit() else 0.0)
         if signed:  # by Civitai, for a while
             raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
         if status == 404:
-            raise Fault(f"{said}: check the version id", FEW_TRIES)
-        reasons = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought")
-        reasons[410] = "its creator or Civitai has removed it"
-        reason = reasons.get(status, "it refuses the request")
-        raise DownloadError(f"{self.model} cannot be downloaded, {said}: {reason}")
+            raise Fault(f"{said}; check the version id", FEW_TRIES)
+        raise Fault(f"{said}; {REFUSALS.get(status, 'it refuses the request')}", ONE_TRY)
 
     def check_space(self, part: Part) -> None:
         """Refuses what cannot fit, before its first byte."""
