@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import time
@@ -15,7 +16,18 @@ import torch
 from civitai_server import CivitaiServer, Fault
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
-from world import API_KEY, LORAS, Weight, World, lora_targets, original_shapes, weights, write_lora
+from world import (
+    API_KEY,
+    LORAS,
+    PREFIXES,
+    Weight,
+    World,
+    build_world,
+    lora_targets,
+    original_shapes,
+    weights,
+    write_lora,
+)
 
 import handler
 
@@ -65,12 +77,17 @@ def test_full_size_has_the_keys_and_bytes_of_a_real_checkpoint() -> None:
     shapes = original_shapes("full")
     assert len(shapes) == 2514
     assert round(sum(2 * int(np.prod(s)) for s in shapes.values()) / 1e9, 2) == 6.94
-    assert [len(lora_targets("full", [part], "linear")) for part in handler_parts()] == [722, 72, 192]
+    assert [len(lora_targets("full", [part], "linear")) for part in PREFIXES] == [722, 72, 192]
 
 
-def handler_parts() -> tuple[str, ...]:
-    """The components that LoRAs change."""
-    return ("unet", "text_encoder", "text_encoder_2")
+def test_a_world_follows_from_its_seed(world: World, tmp_path: Path) -> None:
+    """Built again it has the same bytes; another seed gives other weights; a draft that was left behind is ignored."""
+    (tmp_path / ".tiny-0-draft" / "store").mkdir(parents=True)
+    again, other = build_world(tmp_path), build_world(tmp_path, seed=1)
+    assert again.folder.name == world.folder.name
+    for path in again.files.values():
+        assert path.read_bytes() == (world.folder / path.relative_to(again.folder)).read_bytes()
+    assert again.checkpoint.read_bytes() != other.checkpoint.read_bytes()
 
 
 def test_tokenizers_give_clips_own_ids(world: World) -> None:
@@ -111,7 +128,7 @@ def test_each_lora_changes_the_image_at_its_table_scale(world: World, pipe, inde
 
 def all_parameters(pipe) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters of the components that LoRAs change."""
-    return [pair for part in handler_parts() for pair in getattr(pipe, part).named_parameters()]
+    return [pair for part in PREFIXES for pair in getattr(pipe, part).named_parameters()]
 
 
 def test_the_three_ways_of_writing_a_lora_mean_the_same(pipe, tmp_path: Path) -> None:
@@ -183,8 +200,6 @@ def test_ranges_come_as_partial_content(served: CivitaiServer) -> None:
 
 def test_the_version_page_names_hash_and_size(served: CivitaiServer) -> None:
     """The primary file is not the first of the list; the hash is upper case."""
-    import hashlib
-
     files = get(served, "/api/v1/model-versions/7").json()["files"]
     (primary,) = [file for file in files if file["primary"]]
     assert files[0] is not primary

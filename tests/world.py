@@ -415,50 +415,55 @@ def write_lora(
 
 
 BAD_LORAS = (
-    "loha", "lokr", "mid", "dora", "sd15", "flux", "half", "nan", "inf", "no_keys", "empty", "html", "truncated",
-)  # fmt: skip
+    "loha",
+    "lokr",
+    "mid",
+    "dora",
+    "sd15",
+    "flux",
+    "half",
+    "nan",
+    "inf",
+    "no_keys",
+    "empty",
+    "html",
+    "truncated",
+)
 
 
 def write_bad_lora(path: Path, kind: str, size: str = "tiny") -> Path:
     """Write a file that must not go into the stack; kind is one of BAD_LORAS."""
-    if kind in ("empty", "html"):
-        path.write_bytes(b"" if kind == "empty" else b"<!doctype html><html><body>Sign in to Civitai</body></html>")
-        return path
     good = lora_tensors(Lora(4, 2.0), "kohya", size, 0.3, Noise(0, "tiny"), kind)
-    write_tensors(path, good if kind == "truncated" else spoil(good, kind))
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "html":
+        path.write_bytes(b"<!doctype html><html><body>Sign in to Civitai</body></html>")
+    elif kind == "truncated":
+        path.write_bytes(write_tensors(path, good).read_bytes()[:-1000])
+    else:
+        write_tensors(path, bad_tensors(good)[kind])
     return path
 
 
-def spoil(tensors: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
-    """The tensors of a good Kohya LoRA turned into one of a kind that is not a plain SDXL LoRA, or broken."""
-    ups = [name for name in tensors if name.endswith("lora_up.weight")]
-    first = ups[0].removesuffix(".lora_up.weight")
-    square = np.ones((4, 4), np.float16)
-    if kind in ("nan", "inf"):
-        tensors[ups[-1]][0, 0] = np.float16(kind)
-    elif kind == "half":
-        del tensors[ups[-1]]
-    elif kind == "mid":
-        tensors[f"{first}.lora_mid.weight"] = square
-    elif kind == "dora":
-        tensors |= {name.replace("lora_up.weight", "dora_scale"): tensors[name][:, :1] for name in ups}
-    elif kind == "sd15":  # SD 1.5 names its modules after diffusers' blocks and has other widths
-        tensors = {}
-        for i in range(2):
-            name = f"lora_unet_down_blocks_{i}_attentions_0_transformer_blocks_0_attn2_to_k"
-            tensors |= kohya_module(name, 320 * (i + 1), 768)
-    elif kind == "flux":
-        tensors = kohya_module("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072)
-    elif kind == "loha":
-        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        tensors = {f"{first}.{name}": square for name in names} | {f"{first}.alpha": np.float16(2)}
-    elif kind == "lokr":
-        tensors = {f"{first}.lokr_w1": square, f"{first}.lokr_w2": square, f"{first}.alpha": np.float16(2)}
-    elif kind == "no_keys":
-        tensors = {"model.weight": square}
-    return tensors
+def bad_tensors(good: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Kind -> tensors that are not those of a plain SDXL LoRA, or broken; made from a good file's."""
+    ups = [name for name in good if name.endswith("lora_up.weight")]
+    first, last = ups[0].removesuffix(".lora_up.weight"), ups[-1]
+    square, alpha = np.ones((4, 4), np.float16), {f"{first}.alpha": np.float16(2)}
+    one_value = np.arange(good[last].size).reshape(good[last].shape) == 0
+    sd15 = "lora_unet_down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_k"  # named after diffusers' blocks
+    return {
+        "loha": {f"{first}.hada_{part}": square for part in ("w1_a", "w1_b", "w2_a", "w2_b")} | alpha,
+        "lokr": {f"{first}.lokr_w1": square, f"{first}.lokr_w2": square} | alpha,
+        "mid": good | {f"{first}.lora_mid.weight": square},
+        "dora": good | {name.replace("lora_up.weight", "dora_scale"): good[name][:, :1] for name in ups},
+        "sd15": kohya_module(sd15.format(0), 320, 768) | kohya_module(sd15.format(1), 640, 768),
+        "flux": kohya_module("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072),
+        "half": {name: tensor for name, tensor in good.items() if name != last},
+        "nan": good | {last: np.where(one_value, np.float16("nan"), good[last])},
+        "inf": good | {last: np.where(one_value, np.float16("inf"), good[last])},
+        "no_keys": {"model.weight": square},
+    }
 
 
 def kohya_module(name: str, rows: int, columns: int, rank: int = 4) -> dict[str, np.ndarray]:
