@@ -2902,10 +2902,9 @@ def free_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # entry
 
-
 POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
 LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
-ANSWER_TRY_S, ANSWER_RETRY_S = 30, 120  # one post of an answer; all of them
+ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 PROGRESS_S, LAST_PROGRESS_S = 1, 2  # between updates; for the last one before the answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -2926,8 +2925,9 @@ def start_heartbeat(state: str) -> None:
 
     SDK 1.7.13 forks it after the models were loaded, and it outlives a kill -9, pinging the dead job's id for ever.
     """
+    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
     worker = os.getpid()
-    if os.fork():
+    if not all(map(os.environ.get, needed)) or os.fork():
         return
     try:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
@@ -2977,7 +2977,8 @@ def set_up() -> int:
 
 
 def check_store(settings: Settings) -> None:
-    """Raises SetupFailed where a model file is missing and its folder cannot be written to."""
+    """Raises SetupFailed where a model file is missing and its folder cannot be written to; the downloads see to the
+    free space, once they know a file's size."""
     files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
     files += [settings.lora_dir / config["filename"] for config in settings.loras]
     for folder in {file.parent for file in files if not file.is_file()}:
