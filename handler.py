@@ -2750,7 +2750,8 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
     """handler, followed by an observer."""
-    job_id = str(job.get("id", "local")) if isinstance(job, dict) else "local"
+    given = job.get("id") if isinstance(job, dict) else None
+    job_id = given if isinstance(given, str) else "local"
     try:
         return answer_job(job, job_id, observer)
     except WorkerError as error:
