@@ -307,7 +307,7 @@ class WorkerError(Exception):
 
     def __init__(self, message: str, *, detail: object = None) -> None:
         super().__init__(message)
-        self.detail = "" if detail is None else str(detail)  # not the exception: its frames hold a job's tensors
+        self.detail = "" if detail is None else f" ({detail})"  # no exception: its frames hold a job's tensors
 
 
 class InvalidInput(WorkerError):
@@ -389,7 +389,7 @@ def fetch_models(settings: Settings) -> ModelFiles:
                 loras[name] = future.result()
             except DownloadError as error:
                 failed[name] = str(error)
-                log.warning("%s (%s)", error, error.detail)
+                log.warning("%s%s", error, error.detail)
     return ModelFiles(path, loras, failed)
 
 
@@ -1504,7 +1504,7 @@ def load_pipeline() -> Any:
         pipe.lora_stack.failed.update(models.failed)
     with phase("move to %s", device):
         place(pipe, device)
-    with phase("LoRA stack"):
+    with phase("merging the LoRA stack"):
         names = adapter_names(settings.loras)
         pipe.lora_stack.apply({name: config["scale"] for name, config in zip(names, settings.loras, strict=True)})
     pipe.model_files = models
@@ -2762,7 +2762,7 @@ def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
     if not isinstance(failure, InvalidInput):
         failure.__traceback__ = None  # its frames hold the job's tensors
         free_memory()
-    log.error("job %s: %s: %s (%s)", job_id, failure.code, failure, failure.detail)
+    log.error("job %s: %s: %s%s", job_id, failure.code, failure, failure.detail)
     answer = {"error": str(failure), "code": failure.code}
     return answer | {"refresh_worker": True} if failure.refresh_worker else answer
 
@@ -3034,7 +3034,7 @@ class JobLoop:
         except Exception as error:
             log.exception("unexpected failure of the start")
             failure = SetupFailed("the worker could not be made ready; its log says more", detail=error)
-        log.error("the start failed: %s (%s)", failure, failure.detail)
+        log.error("the start failed: %s%s", failure, failure.detail)
         answer = {"error": str(failure), "code": SetupFailed.code, "refresh_worker": True}
         self.run = lambda *_: answer
 
