@@ -1232,7 +1232,7 @@ OTHER_KINDS = {  # part of a tensor's name -> what only that kind of file has
     ".diff": "full-difference",
     "lora_B.bias": "bias",
 }
-JOB_BYTES = 8 * GIB  # what a batch of four at 1024² takes on the GPU beside the weights, with room to spare
+JOB_BYTES = 8 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
 
 
 class BadLora(Exception):
@@ -1269,6 +1269,7 @@ class LoraStack:
         self.pipe = pipe
         self.failed: dict[str, str] = {}
         self.applied: dict[str, float] = {}
+        self.adapters: set[str] = set()  # what can be applied
         self.targets: dict[str, Target] = {}
         self.settled = False
         modules = lora_modules(pipe)
@@ -1277,7 +1278,9 @@ class LoraStack:
                 shares = read_lora(pipe, file, modules)
             except BadLora as reason:
                 self.failed[adapter] = str(reason)
+                log.info("%s cannot be used as a LoRA: %s (%r)", file, reason, reason.__cause__)
                 continue
+            self.adapters.add(adapter)
             for name, factors in shares.items():
                 target = self.targets.setdefault(name, Target(modules[name], modules[name].weight.detach()))
                 target.factors[adapter] = factors
@@ -1305,11 +1308,6 @@ class LoraStack:
                     merge(target, wanted, device)
         self.applied = wanted
         return True
-
-    @property
-    def adapters(self) -> set[str]:
-        """The LoRAs that can be applied."""
-        return {adapter for target in self.targets.values() for adapter in target.factors}
 
     def settle(self) -> None:
         """Gives the originals a place of their own before the first change: on the GPU where the largest jobs fit
@@ -1427,12 +1425,12 @@ def component_factors(component: str, state: Mapping[str, Any], alphas: Any, met
     else:
         own = {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(f"{component}.")}
         config = diffusers.utils.get_peft_kwargs(ranks, own, tensors, is_unet=component == "unet")
-    alphas = {name: layer_alpha(config, name, bool(metadata)) for name in downs}
-    return {name: Factors(tensors[f"{name}.lora_B.weight"], downs[name], alphas[name] / ranks[name]) for name in downs}
+    scalings = {name: layer_alpha(config, name, bool(metadata)) / rank for name, rank in ranks.items()}
+    return {name: Factors(tensors[f"{name}.lora_B.weight"], down, scalings[name]) for name, down in downs.items()}
 
 
 def layer_alpha(config: Mapping[str, Any], name: str, patterns: bool) -> float:
-    """The alpha of a layer; the keys of alpha_pattern are regular expressions in a configuration of PEFT's own."""
+    """The alpha of a layer; in a configuration of PEFT's own, alpha_pattern is one of regular expressions."""
     key = peft.utils.other.get_pattern_key(config["alpha_pattern"], name.partition(".")[2]) if patterns else name
     return config["alpha_pattern"].get(key, config["lora_alpha"])
 
