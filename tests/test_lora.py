@@ -247,10 +247,10 @@ def diffusers_blocks(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def two_ranks(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Half the rank in every second layer, one alpha for all."""
-    layers = sorted({name.partition(".")[0] for name in tensors})[::2]
-    for layer in layers:
-        tensors[f"{layer}.lora_down.weight"] = tensors[f"{layer}.lora_down.weight"][:2].copy()
-        tensors[f"{layer}.lora_up.weight"] = tensors[f"{layer}.lora_up.weight"][:, :2].copy()
+    matrices = sorted(name for name, tensor in tensors.items() if tensor.ndim > 1)  # down and up side by side
+    for name in matrices[2::4] + matrices[3::4]:
+        is_down = "lora_down" in name or "lora_A" in name
+        tensors[name] = (tensors[name][:2] if is_down else tensors[name][:, :2]).copy()
     return tensors
 
 
@@ -265,10 +265,18 @@ def own_alpha_for_convolutions(tensors: dict[str, np.ndarray]) -> dict[str, np.n
     return tensors | {f"{name}.alpha": np.float16(1.0) for name in convolutions}
 
 
+def own_alpha_for_each(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As resized LoRAs have it; diffusers 0.34 finds some of these alphas, and takes the commonest for other layers."""
+    alphas = sorted(name for name in tensors if name.endswith(".alpha"))
+    return tensors | {name: np.float16(1 + n % 3) for n, name in enumerate(alphas)}
+
+
 VARIANTS = {
     "old diffusers names": ("diffusers", Lora(4, 4.0), old_diffusers_names),
     "kohya with diffusers blocks": ("kohya", Lora(4, 2.0), diffusers_blocks),
     "kohya with two ranks": ("kohya", Lora(4, 2.0, PARTS, "linear"), two_ranks),
+    "peft with two ranks": ("peft", Lora(4, 4.0, PARTS, "linear"), two_ranks),
+    "kohya with many alphas": ("kohya", Lora(4, 2.0, PARTS, "linear"), own_alpha_for_each),
     "kohya without alpha": ("kohya", Lora(4, 4.0, PARTS, "linear"), without_alpha),
     "kohya with conv_alpha": ("kohya", Lora(4, 2.0, ("unet",), "conv"), own_alpha_for_convolutions),
 }
