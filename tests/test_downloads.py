@@ -58,11 +58,12 @@ def fetch(tmp_path: Path, **extra: object) -> Path:
 
 
 def refusal(tmp_path: Path, **extra: object) -> str:
-    """What a refused download says; nothing is under the final name, and nothing it says is secret."""
+    """What a refused download says: it names the model, and nothing secret; nothing is under the final name."""
     with pytest.raises(handler.DownloadError) as caught:
         fetch(tmp_path, **extra)
     said = str(caught.value)
     assert not (tmp_path / "store" / "detail.safetensors").exists()
+    assert said.startswith("Detail Tweaker XL")
     assert KEY not in f"{said} {caught.value.detail}"
     assert str(tmp_path) not in said
     return said
@@ -139,6 +140,23 @@ def test_unsafe_redirect(server, tmp_path, target):
 def test_origin(one, other, same):
     """A key is bound to scheme, host and port."""
     assert (handler.origin(one) == handler.origin(other)) == same
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked"),
+    [
+        ("https://civitai.com/api/download/models/7?a=b", "http://mirror:8/api/download/models/7?a=b"),
+        ("http://www.civitai.com/api/download/models/7", "http://mirror:8/api/download/models/7"),
+        ("https://civitai.com.example/api/download/models/7", "https://civitai.com.example/api/download/models/7"),
+        ("https://example.org/civitai.com/models/7", "https://example.org/civitai.com/models/7"),
+    ],
+)
+def test_base_url(monkeypatch, tmp_path, configured, asked):
+    """CIVITAI_BASE_URL replaces scheme and host of Civitai's URLs alone; only those have a version id."""
+    monkeypatch.setenv("CIVITAI_BASE_URL", "http://mirror:8")
+    client = handler.Client(handler.Settings.from_environ())
+    model = handler.Model.of(config(url=configured), tmp_path, client)
+    assert (model.url, model.version) == (asked, "7" if "mirror" in asked else "")
 
 
 # faults that pass

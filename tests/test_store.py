@@ -401,6 +401,18 @@ def test_part_of_another_file(server, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_leftovers_without_their_other_half(server, tmp_path):
+    """A part without its journal, a journal without its part and a record half written are deleted."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    owner = f"{handler.machine()}-{ended.pid}-abcdef0"
+    (tmp_path / "store").mkdir()
+    for n, kind in enumerate(["part", "journal"]):
+        (tmp_path / "store" / f".detail.safetensors.{owner}{n}.{kind}").write_bytes(b"{")
+    handler.ensure_model_exists(config(), tmp_path / "store")
+    assert sorted(file.name for file in (tmp_path / "store").iterdir()) == DONE
+
+
 def test_lost_writes(server, tmp_path):
     """A part whose bytes were lost, as in a crash of the machine, is found out by its hash and fetched again."""
     server.rate = MIB
