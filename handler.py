@@ -727,8 +727,10 @@ class Part:
 
     RECORD = struct.Struct("<QQ")
 
-    def __init__(self, path: Path, owner: str, identity: str, size: float) -> None:
-        self.path, self.identity, self.size = path, identity.encode(), size
+    def __init__(self, path: Path, owner: str, identity: str, size: float, hashed: bool) -> None:
+        """identity: what tells this file's bytes from others. hashed: whether a hash will find lost writes in the end;
+        else bytes that came on another machine, or before this one crashed, do not count."""
+        self.path, self.identity, self.size, self.hashed = path, identity, size, hashed
         self.data, self.journal = self.names(owner)
         self.starts: dict[int, int] = {}  # start -> end of each range that has come,
         self.ends: dict[int, int] = {}  # and end -> start
@@ -753,7 +755,7 @@ class Part:
                     self.adopt(owner)
                 self.sweep(owner)
         if not self.starts:
-            self.journal.write_bytes(self.identity + b"\n")
+            self.journal.write_text(f"{self.identity} {machine()}\n")
         self.log = self.descriptor(self.journal, os.O_WRONLY | os.O_APPEND)
         self.file = self.descriptor(self.data, os.O_RDWR | os.O_CREAT)
         return self
@@ -780,11 +782,13 @@ class Part:
     def adopt(self, owner: str) -> None:
         """Takes an owner's part over, where it is of the same file. Its journal first: so a kill loses nothing."""
         data, journal = self.names(owner)
-        identity, _, records = journal.read_bytes().partition(b"\n")
-        if identity != self.identity or self.starts or not data.exists():
+        header, _, records = journal.read_bytes().partition(b"\n")
+        identity, _, where = header.decode(errors="replace").partition(" ")
+        of_this_file = identity == self.identity and (self.hashed or where == machine())
+        if not of_this_file or self.starts or not data.exists():
             return
         records = records[: len(records) - len(records) % self.RECORD.size]  # the last one may be torn
-        self.journal.write_bytes(identity + b"\n" + records)
+        self.journal.write_bytes(header + b"\n" + records)
         data.rename(self.data)
         for start, end in sorted(self.RECORD.iter_unpack(records)):
             self.add(start, end)
@@ -899,15 +903,17 @@ class Source:
     etag: str
     whole: Any  # the open response with the whole file, where the server has no ranges
 
-    def identity(self, model: Model, sha256: str | None) -> str:
-        """What tells the bytes of this file from others. Without a hash to find lost writes in the end, bytes that
-        came on another machine, or before this one crashed, do not count; nor does the start of one stream."""
-        check = secrets.token_hex() if self.whole else sha256 or f"{self.etag} {machine()}"
-        return hashlib.sha256(f"{urlsplit(model.url).path} {self.size} {check}".encode()).hexdigest()
+    def identity(self, model: Model) -> str:
+        """What tells the bytes of this file from others; those of one stream are of no use to another."""
+        told = secrets.token_hex() if self.whole else f"{urlsplit(model.url).path} {self.size} {self.etag}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 class Download:
-    """One file on its way into the store."""
+    """One file on its way into the store.
+
+    Not by hf_transfer: 0.1.9 resumes nothing, holds the GIL throughout, and takes a wrong answer for the file.
+    """
 
     def __init__(self, model: Model, client: Client, progress: FetchProgress) -> None:
         self.model, self.client, self.progress = model, client, progress
@@ -959,7 +965,8 @@ class Download:
         self.source = self.ask()
         expected = self.model.sha256 or self.client.listed_sha256(self.model, self.source.size)
         # 2. room for it, and what others left of it
-        part = Part(self.model.path, lock.owner, self.source.identity(self.model, expected), self.source.size)
+        identity, hashed = self.source.identity(self.model), expected is not None
+        part = Part(self.model.path, lock.owner, identity, self.source.size, hashed)
         with part.begin(lock.dead):
             self.check_space(part)
             hashing = in_background(part.sha256)
@@ -1104,7 +1111,8 @@ class Download:
         self.faults += 1
         delay = fault.wait_s or min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
         if self.faults >= fault.tries or time.monotonic() + delay > self.deadline:
-            raise DownloadError(f"{self.model} cannot be downloaded: {fault}") from None
+            where = f"{urlsplit(self.model.url).hostname}, {self.faults} tries in a row"
+            raise DownloadError(f"{self.model} cannot be downloaded: {fault}", detail=where) from None
         log.warning("%s: %s; trying again in %.1f s", self.model, fault, delay)
         time.sleep(delay)
         self.resumed = time.monotonic()

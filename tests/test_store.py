@@ -388,6 +388,26 @@ def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("hashed", [True, False], ids=["hash known", "no hash"])
+def test_part_of_another_machine(server, tmp_path, hashed):
+    """What came on another machine, or before this one crashed, counts only where a hash can find lost writes; what
+    came on this one counts without, too."""
+    server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
+    for where in ("here", "elsewhere"):
+        server.clear()
+        server.rate = MIB
+        store = tmp_path / where
+        play((store, 1, 0.4))
+        (journal,) = store.glob("*.journal")
+        if where == "elsewhere":
+            journal.write_bytes(journal.read_bytes().replace(handler.machine().encode(), b"0123456789ab", 1))
+        server.rate = None
+        server.faults[135867] = [] if hashed else [Fault("info", status=404, times=-1)]
+        path = handler.ensure_model_exists(config(), store)
+        assert path.read_bytes() == origin.read_bytes()
+        assert (sent(server) < 1.1 * origin.stat().st_size) == (hashed or where == "here")
+
+
 def test_part_of_another_file(server, tmp_path):
     """What is left of a file that has changed since is not mixed into it, but deleted."""
     server.files[135867] = write_model(tmp_path / "old.origin", 4 * MIB)
