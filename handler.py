@@ -1891,7 +1891,9 @@ def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
             size = sum(moved.size for moved in chunk)
         chunk.append(piece)
         size += piece.size
-    return [*chunks, chunk] if size else chunks
+    if chunks and not size:  # characters that CLIP ignores
+        return [*chunks[:-1], chunks[-1] + chunk]
+    return [*chunks, chunk] if size else []
 
 
 def clause_end(chunk: list[Piece], room: int) -> int:
@@ -1927,7 +1929,7 @@ def chunk_prompt(read: Reader, prompt: str, long_prompt: str) -> list[list[Piece
     """
     stretches = parse_prompt(split_lora_tags(prompt)[0])
     if long_prompt == "truncate":
-        return [[Piece(text, read(text), weight) for text, weight in stretches[0]]]
+        return [[Piece(text, read(text), weight) for text, weight in chain(*stretches)]]
     chunks: list[list[Piece]] = []
     for stretch in stretches:
         pieces = (piece for text, weight in stretch for piece in cut_pieces(read, text, CHUNK_TOKENS, weight))
@@ -1992,7 +1994,7 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
         return text_chunks[0]
     dtype = text_chunks[0].dtype
     chunks = torch.cat(list(text_chunks)).to(torch.promote_types(dtype, torch.float32))  # (n, 77, D)
-    counts = torch.tensor(token_counts or [0] * len(chunks), device=chunks.device)
+    counts = torch.tensor([0] * len(chunks) if token_counts is None else token_counts, device=chunks.device)
     real = torch.arange(chunks.shape[1], device=chunks.device) <= counts.unsqueeze(1)  # (n, 77)
     real = (real | ~real.any(dim=0)).unsqueeze(-1)
     blended = torch.where(real, chunks, 0).sum(dim=0) / real.sum(dim=0)  # (77, D)

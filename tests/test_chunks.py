@@ -203,3 +203,16 @@ def test_ten_thousand_characters_in_a_second(tokenizers, prompt):
     between = time.process_time()
     handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, "blend")
     assert between - started < 1 and time.process_time() - between < 1
+
+
+def test_ignored_characters_at_the_end_stay(pipe):
+    """What CLIP ignores stays in the last chunk's text: the pieces of a long word, joined, are the word."""
+    word = "\u2d5b\u03c7" * 3 + "\U000ba908"
+    assert "".join(handler.tokenize_chunks(pipe.tokenizer, word, 1)) == word
+
+
+def test_truncate_reads_on_behind_break(pipe):
+    """In "truncate" a BREAK cuts nothing off: the window alone does."""
+    read = handler.Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
+    chunks = handler.chunk_prompt(read, "a cat BREAK a dog", "truncate")
+    assert [piece.text for piece in chunks[0]] == ["a cat ", " a dog"] and len(chunks) == 1
