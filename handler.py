@@ -435,16 +435,17 @@ def read_ahead(path: Path) -> None:
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
     worse on a network volume. Nobody waits for this: the mapped pages come no later for it.
     """
-    chunks = iter(range(0, path.stat().st_size, MAX_SPAN))  # shared: next() of a range iterator is atomic
+    chunks = range(0, path.stat().st_size, MAX_SPAN)
+    left = iter(chunks)  # shared: next() of a range iterator is atomic
 
     def read() -> None:
         buffer = bytearray(MIB)
         with path.open("rb", buffering=0) as file:
-            for chunk in chunks:
+            for chunk in left:
                 for offset in range(chunk, chunk + MAX_SPAN, MIB):
                     os.preadv(file.fileno(), [buffer], offset)
 
-    for _ in range(READERS):
+    for _ in range(min(READERS, len(chunks) // READERS + 1)):  # few for a small file: the imports read this disk too
         in_background(read)
 
 
@@ -1111,8 +1112,9 @@ class Download:
         self.faults += 1
         delay = fault.wait_s or min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
         if self.faults >= fault.tries or time.monotonic() + delay > self.deadline:
-            where = f"{urlsplit(self.model.url).hostname}, {self.faults} tries in a row"
-            raise DownloadError(f"{self.model} cannot be downloaded: {fault}", detail=where) from None
+            raise DownloadError(
+                f"{self.model} cannot be downloaded: {fault}", detail=f"{self.faults} tries in a row"
+            ) from None
         log.warning("%s: %s; trying again in %.1f s", self.model, fault, delay)
         time.sleep(delay)
         self.resumed = time.monotonic()
