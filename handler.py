@@ -1,4 +1,4 @@
-"""SDXL worker for RunPod serverless: Civitai checkpoint, LoRA stack, prompts of any length, base64 PNGs.
+"""SDXL worker for RunPod serverless: Civitai checkpoint, LoRA stack, prompts of any length, images as base64 or links.
 
 The way of a job, and the order of this file:
 
@@ -7,8 +7,8 @@ The way of a job, and the order of this file:
     downloads       Civitai or the volume -> verified files in the model store
     pipeline, LoRAs files -> StableDiffusionXLPipeline on the GPU, LoRA stack merged into its weights
     prompts         A1111 text -> chunks of 75 tokens -> embeddings, blended into one 77-token tensor
-    images          latents' pixels -> PNG, JPEG or WebP that carries its recipe
-    jobs            {"input": {...}} -> checked request -> images -> {"images": [...], "metadata": {...}}
+    images          pixels -> PNG, JPEG or WebP file that carries its recipe -> base64 or links
+    jobs            schedulers; {"input": {...}} -> checked request -> images, seed and metadata
     entry           the command line here, RunPod's job loop there
 
     python handler.py                      runs test_input.json and saves the images to OUTPUT_DIR
@@ -79,6 +79,29 @@ aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
 
 log = logging.getLogger("worker")
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Future:
+    """The future of function(*args), run in a daemon thread, so that a start that fails can end the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - it is raised again at result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=function.__name__, daemon=True).start()
+    return future
+
+
+@contextmanager
+def phase(what: str, *args: object) -> Iterator[None]:
+    """Logs a phase of the start with its seconds; what is a format for args."""
+    started = time.monotonic()
+    yield
+    log.info("%s: %.1f s", what % args, time.monotonic() - started)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -176,6 +199,11 @@ class Settings:
     allow_cpu: bool
     torch_compile: bool
     bucket: Bucket | None
+
+    @property
+    def stack(self) -> dict[str, dict[str, Any]]:
+        """The configured LoRAs by adapter name."""
+        return dict(zip(adapter_names(self.loras), self.loras, strict=True))
 
     @classmethod
     def from_environ(cls) -> Settings:
@@ -317,7 +345,7 @@ class InvalidInput(WorkerError):
 
 
 class SetupFailed(WorkerError):
-    """The models could not be made ready; a fresh worker may do better."""
+    """A setting is wrong, or the models could not be made ready; a fresh worker may do better."""
 
     code = "SETUP_FAILED"
     refresh_worker = True
@@ -344,9 +372,47 @@ class GpuLost(GenerationFailed):
 
 
 class UploadFailed(WorkerError):
-    """The bucket refused the image."""
+    """The bucket refused the image, or the job's s3Config has pieces missing."""
 
     code = "UPLOAD_FAILED"
+
+
+def failure_answer(failure: WorkerError) -> dict[str, Any]:
+    """What a client gets: {"error": sentence, "code": code}, and refresh_worker where the worker must be replaced."""
+    answer = {"error": str(failure), "code": failure.code}
+    return answer | {"refresh_worker": True} if failure.refresh_worker else answer
+
+
+# torch raises OutOfMemoryError for its own allocator; the others say so in words only
+OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def explain(error: Exception) -> WorkerError:
+    """The failure that a client sees for what a library raised."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY_SIGNS):
+        return OutOfMemory("the job did not fit into memory: ask for fewer or smaller images", detail=error)
+    if "CUDA error" in said or gpu_is_lost():
+        return GpuLost("the GPU failed during the job; the worker is being replaced: send the job again", detail=error)
+    return GenerationFailed(f"generating failed with {type(error).__name__}; the worker's log says more", detail=error)
+
+
+def gpu_is_lost() -> bool:
+    """After a CUDA error that is sticky, such as an illegal address, every later call of the process fails too."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.ones(1, device="cuda").item()
+    except torch.OutOfMemoryError:  # full of other jobs' tensors, but alive
+        return False
+    except RuntimeError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,15 +447,17 @@ def fetch_models(settings: Settings) -> ModelFiles:
     client, loras, failed = Client(settings), {}, {}
     with FetchProgress() as progress:
         checkpoint = in_background(start_file, settings.checkpoint, settings.checkpoint_dir, client, progress)
-        stack = zip(adapter_names(settings.loras), settings.loras, strict=True)
-        futures = {name: in_background(start_file, c, settings.lora_dir, client, progress) for name, c in stack}
+        futures = {
+            name: in_background(start_file, config, settings.lora_dir, client, progress)
+            for name, config in settings.stack.items()
+        }
         path = checkpoint.result()
         for name, future in futures.items():
             try:
                 loras[name] = future.result()
             except DownloadError as error:
                 failed[name] = str(error)
-                log.warning("%s%s", error, error.detail)
+                log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
     return ModelFiles(path, loras, failed)
 
 
@@ -948,16 +1016,16 @@ class Download:
         self.moved()
         for last in (False, True):
             try:
-                return self.patiently(self.fetch_once, lock)
+                self.patiently(self.fetch_once, lock)
+                return
             except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
-                if not self.model.problem():
-                    return None
-                raise
+                if self.model.problem():
+                    raise
+                return
             except WrongFile as wrong:
                 if last:
                     raise DownloadError(f"{self.model} was refused: what came {wrong}, twice") from None
                 log.warning("%s: what came %s: fetching it once more", self.model, wrong)
-        return None
 
     def fetch_once(self, lock: StoreLock) -> None:
         """The file from the first request to its name. Raises WrongFile, Fault or DownloadError."""
@@ -1242,7 +1310,7 @@ OTHER_KINDS = {  # part of a tensor's name -> what only that kind of file has
     ".diff": "full-difference",
     "lora_B.bias": "bias",
 }
-JOB_BYTES = 8 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
+JOB_BYTES = 12 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
 
 
 class BadLora(Exception):
@@ -1288,7 +1356,7 @@ class LoraStack:
                 shares = read_lora(pipe, file, modules)
             except BadLora as reason:
                 self.failed[adapter] = str(reason)
-                log.info("%s cannot be used as a LoRA: %s (%r)", file, reason, reason.__cause__)
+                log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
                 continue
             self.adapters.add(adapter)
             for name, factors in shares.items():
@@ -1355,10 +1423,12 @@ def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     if not shares:
         weight.copy_(target.original)
         return
-    original = target.original.to(device, torch.float32).flatten(1)  # (rows, columns)
-    up = torch.cat([factors.up.flatten(1).to(original) * scale for factors, scale in shares], 1)  # (rows, ranks)
-    down = torch.cat([factors.down.flatten(1).to(original) for factors, _ in shares])  # (ranks, columns)
-    weight.copy_(torch.addmm(original, up, down).view_as(weight))  # in place: torch.compile and hooks hold on to it
+    # to(device) first: a copy that converts as well would convert on the CPU, and move twice the bytes
+    original = target.original.to(device).float().flatten(1)  # (rows, columns)
+    up = torch.cat([factors.up.to(device).float().flatten(1) * scale for factors, scale in shares], 1)  # (rows, ranks)
+    down = torch.cat([factors.down.to(device).float().flatten(1) for factors, _ in shares])  # (ranks, columns)
+    merged = torch.addmm(original, up, down).to(weight.dtype)
+    weight.copy_(merged.view_as(weight))  # in place: torch.compile and hooks hold on to it
 
 
 def lora_modules(pipe: Any) -> dict[str, Any]:
@@ -1493,7 +1563,8 @@ def compile_unet(pipe: Any, backend: str = "inductor") -> None:
 
 def load_pipeline() -> Any:
     """The ready StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU, its LoRA stack merged at the configured
-    scales. `pipe.lora_stack` is the stack, `pipe.scheduler_config` what every job's scheduler is built from.
+    scales. `pipe.lora_stack` is the stack, `pipe.scheduler_config` what every job's scheduler is built from,
+    `pipe.model_files` the files that its images' recipes name.
 
     Raises SetupFailed (DownloadError where a file could not be had).
     """
@@ -1513,37 +1584,12 @@ def load_pipeline() -> Any:
     with phase("move to %s", device):
         place(pipe, device)
     with phase("merging the LoRA stack"):
-        names = adapter_names(settings.loras)
-        pipe.lora_stack.apply({name: config["scale"] for name, config in zip(names, settings.loras, strict=True)})
+        pipe.lora_stack.apply({name: config["scale"] for name, config in settings.stack.items()})
     pipe.model_files = models
     in_background(hash_models, models)
-    for name, reason in pipe.lora_stack.failed.items():
-        log.warning("LoRA %s is left out: %s", name, reason)
     if settings.torch_compile:
         compile_unet(pipe)
     return pipe
-
-
-def in_background(function: Callable[..., Any], *args: Any) -> Future:
-    """The future of function(*args), run in a daemon thread, so that a start that fails can end the process."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # noqa: BLE001 - it is raised again at result()
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=function.__name__, daemon=True).start()
-    return future
-
-
-@contextmanager
-def phase(what: str, *args: object) -> Iterator[None]:
-    """Logs a phase of the start with its seconds."""
-    started = time.monotonic()
-    yield
-    log.info(f"{what}: %.1f s", *args, time.monotonic() - started)
 
 
 def choose_device(settings: Settings) -> str:
@@ -2129,11 +2175,16 @@ def condition(sides: list[Encoded], guidance: bool, warnings: tuple[str, ...]) -
     if not rest:
         zeros = (torch.zeros_like(embeds), torch.zeros_like(pooled)) if guidance else (None, None)
         return Conditioning(embeds, zeros[0], pooled, zeros[1], positive.chunks, 0, warnings)
-    negative, *filling = rest
-    missing = (negative.embeds.shape[1] - embeds.shape[1]) // WINDOW
-    negative_embeds = torch.cat([negative.embeds, *(side.embeds for side in filling * -missing)], dim=1)
-    embeds = torch.cat([embeds, *(side.embeds for side in filling * missing)], dim=1)
+    negative = rest[0]
+    filling = rest[1].embeds if len(rest) > 1 else None  # "concat" alone has chunks to fill up
+    length = max(embeds.shape[1], negative.embeds.shape[1])
+    embeds, negative_embeds = (fill_up(side, filling, length) for side in (embeds, negative.embeds))
     return Conditioning(embeds, negative_embeds, pooled, negative.pooled, positive.chunks, negative.chunks, warnings)
+
+
+def fill_up(embeds: Any, filling: Any, length: int) -> Any:
+    """(1, 77·n, 2048) -> (1, length, 2048), with the encoded empty chunk as often as it takes."""
+    return torch.cat([embeds, *[filling] * ((length - embeds.shape[1]) // WINDOW)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2173,7 +2224,7 @@ def image_recipes(request: JobRequest, settings: Settings, files: ModelFiles, lo
     if not request.embed_metadata:
         return [""] * request.num_images
     checkpoint = NamedModel.of(settings.checkpoint, checkpoint_hash(files.checkpoint))
-    configs = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
+    configs = settings.stack
     scales = {lora["name"]: lora["scale"] for lora in loras}
     stack = [NamedModel.of(configs[name], addnet_hash(files.loras[name]), scale) for name, scale in scales.items()]
     vae = Path(settings.vae_model).name
@@ -2658,7 +2709,12 @@ def parse_request(raw: Any, settings: Settings) -> JobRequest:
         raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(raw)} as input')
     refuse_unknown(raw, [name for key, field in FIELDS.items() for name in (key, *field.also)])
     values = {name: read_field(name, field, raw) for name, field in FIELDS.items()}
-    warnings = [w for name in ("prompt", "negative_prompt") for w in replace_surrogates(values, name)]
+    warnings: list[str] = []
+    for name in ("prompt", "negative_prompt"):
+        clean = well_formed(values[name])
+        if clean != values[name]:
+            warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
+        values[name] = clean
     values["loras"] = choose_loras(values, settings, warnings)
     return JobRequest(**values, warnings=tuple(warnings))
 
@@ -2673,17 +2729,9 @@ def read_field(name: str, field: Field, raw: Mapping[str, Any]) -> Any:
     return field.check(given[0] if given else name, raw[given[0]] if given else field.default)
 
 
-def replace_surrogates(values: dict[str, Any], name: str) -> list[str]:
-    """Puts U+FFFD where values[name] holds a lone surrogate, which UTF-8 cannot carry; returns the warning."""
-    clean = well_formed(values[name])
-    changed = clean != values[name]
-    values[name] = clean
-    return [f"{name} held lone surrogates: each was replaced by U+FFFD"] if changed else []
-
-
 def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[str]) -> dict[str, float]:
     """The job's stack, adapter -> scale: its `loras` or the configured ones, then the prompt's <lora:…> tags."""
-    stack = dict(zip(adapter_names(settings.loras), settings.loras, strict=True))
+    stack = settings.stack
     files = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()}
     known = files | {name: name for name in stack}
     if values["loras"] is None:
@@ -2707,7 +2755,7 @@ def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[s
 
 
 class Observer:
-    """Who wants to follow a job; the RunPod loop's reports progress."""
+    """Is told how far a job has come. This one ignores it; Progress reports it to RunPod."""
 
     def denoising(self) -> None:
         """The GPU has begun to denoise."""
@@ -2759,22 +2807,15 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
-    """handler, followed by an observer."""
+    """handler, telling an observer how far it is."""
     given = job.get("id") if isinstance(job, dict) else None
     job_id = given if isinstance(given, str) else "local"
     try:
         return answer_job(job, job_id, observer)
-    except WorkerError as error:
-        failure = error
-    except Exception as error:
-        failure = explain(error)
-        log.exception("job %s: unexpected failure", job_id)
-    if not isinstance(failure, InvalidInput):
-        failure.__traceback__ = None  # its frames hold the job's tensors
-        free_memory()
+    except Exception as error:  # noqa: BLE001 - the edge of a job: any failure becomes an answer
+        failure = worker_error(error, job_id)
     log.error("job %s: %s: %s%s", job_id, failure.code, failure, failure.detail)
-    answer = {"error": str(failure), "code": failure.code}
-    return answer | {"refresh_worker": True} if failure.refresh_worker else answer
+    return failure_answer(failure)
 
 
 def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
@@ -2789,7 +2830,10 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     timings = Timings()
     with WORKER.gpu, torch.inference_mode():
         started = time.monotonic()
-        images, conditioning = generate(pipe, encoder, request, timings, observer)
+        try:
+            images, conditioning = generate(pipe, encoder, request, timings, observer)
+        except Exception as error:  # noqa: BLE001 - cleared away before the next job's turn
+            raise clear_failure(worker_error(error, job_id), error, pipe) from None
         metadata = describe(request, settings, pipe.lora_stack, conditioning)
     # 4. files and links, beside the next job's GPU work
     answer = {"images": [], "seed": request.seed, "metadata": metadata}
@@ -2798,12 +2842,35 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
     answer["metadata"] |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
     log.info(
-        "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
-        *(job_id, request.num_images, request.width, request.height, request.seed),
-        *(conditioning.prompt_chunks, conditioning.negative_prompt_chunks),
-        *(answer["metadata"]["processing_time"], timings.seconds),
+        "job %s: %s, seed %d, %d+%d chunks: %.1f s %s",
+        job_id,
+        f"{request.num_images} x {request.width}x{request.height}",
+        request.seed,
+        conditioning.prompt_chunks,
+        conditioning.negative_prompt_chunks,
+        answer["metadata"]["processing_time"],
+        timings.seconds,
     )
     return answer
+
+
+def worker_error(error: Exception, job_id: str) -> WorkerError:
+    """The failure that a client sees; what a library raised goes to the log."""
+    if isinstance(error, WorkerError):
+        return error
+    log.exception("job %s: unexpected failure", job_id)
+    return explain(error)
+
+
+def clear_failure(failure: WorkerError, error: BaseException | None, pipe: Any) -> WorkerError:
+    """failure, after all that the failed job left on the GPU is gone."""
+    while error:
+        error.__traceback__ = None  # its frames hold the job's tensors
+        error = error.__context__
+    with suppress(RuntimeError):  # once the GPU is lost, nothing can be freed either
+        free_memory()
+        pipe.maybe_free_model_hooks()
+    return failure
 
 
 DESCRIBED = (
@@ -2878,31 +2945,6 @@ def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer
     ).images
 
 
-def explain(error: Exception) -> WorkerError:
-    """The failure that a client sees for what a library raised."""
-    said = str(error)
-    if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY_SIGNS):
-        return OutOfMemory("the job did not fit into memory: ask for fewer or smaller images", detail=error)
-    if "CUDA error" in said or gpu_is_lost():
-        return GpuLost("the GPU failed during the job; the worker is being replaced: send the job again", detail=error)
-    return GenerationFailed(f"generating failed with {type(error).__name__}; the worker's log says more", detail=error)
-
-
-# torch raises OutOfMemoryError for its own allocator; the CPU's, cuBLAS's and the driver's say so in words only
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def gpu_is_lost() -> bool:
-    """After a CUDA error that is sticky, such as an illegal address, every later call of the process fails too."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        torch.ones(1, device="cuda").item()
-    except RuntimeError:
-        return True
-    return False
-
-
 def free_memory() -> None:
     """Gives a failed job's memory back, so that the next job finds it."""
     gc.collect()
@@ -2923,7 +2965,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
-    os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole jobs
     with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
         start_heartbeat(state)
         loop = JobLoop(run_job, in_background(set_up))
@@ -2981,7 +3022,7 @@ def set_up() -> int:
     pipe, encoder = WORKER.ready()
     with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
         side = 1024 if torch.cuda.is_available() else 256
-        request = parse_request({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
+        request = parse_request({"prompt": "warm-up", "seed": 0, "steps": 2, "width": side, "height": side}, settings)
         images, _ = generate(pipe, encoder, request, Timings(), Observer())
     encode_images(images, [""], request.image_format)
     return settings.jobs_in_flight
@@ -3045,8 +3086,8 @@ class JobLoop:
             log.exception("unexpected failure of the start")
             failure = SetupFailed("the worker could not be made ready; its log says more", detail=error)
         log.error("the start failed: %s%s", failure, failure.detail)
-        answer = {"error": str(failure), "code": SetupFailed.code, "refresh_worker": True}
-        self.run = lambda *_: answer
+        answer = failure_answer(SetupFailed(str(failure)))
+        self.run = lambda *_: dict(answer)
 
     def on_signal(self) -> None:
         """SIGTERM: nothing new is asked for, and a job that the open poll still brings is run. The poll stays open for
@@ -3124,17 +3165,23 @@ class JobLoop:
 
     def answer(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
         """The job's answer as it is posted, and whether the worker must be replaced."""
-        answer = self.run(job, progress)
+        try:
+            answer = self.run(job, progress)
+        except Exception as error:  # unanswered, the job would wait for its time-out
+            log.exception("job %s: unexpected failure", job["id"])
+            answer = failure_answer(
+                GpuLost("the worker failed and is being replaced: send the job again", detail=error)
+            )
         try:
             return result_body(answer), bool(answer.get("refresh_worker"))
         except (TypeError, ValueError, RecursionError):
             log.exception("job %s: the answer is no JSON", job["id"])
-            return result_body({"error": "the answer could not be written as JSON", "code": "GENERATION_FAILED"}), False
+            return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
 
     async def deliver(self, job_id: str, body: bytes) -> None:
         """Posts the answer; where RunPod will not have it, a short one, since clients would see a job COMPLETED
         without output."""
-        refused = {"error": "RunPod refused the job's answer", "code": "GENERATION_FAILED"}
+        refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
         if not await self.is_accepted(job_id, body) and not await self.is_accepted(job_id, result_body(refused)):
             log.error("job %s: stays unanswered", job_id)
 
@@ -3233,10 +3280,10 @@ def result_body(answer: Mapping[str, Any]) -> bytes:
 def main() -> None:
     """The worker loop on RunPod, the SDK's HTTP server for --rp_serve_api, else one job from a file."""
     configure_logging()
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole jobs
     if "RUNPOD_WEBHOOK_GET_JOB" in os.environ:
         serve_queue()
         return
-    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints the whole job
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
         in_background(WORKER.ready)  # the first request waits for it, and is told where it failed

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import threading
+import time
 import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -230,3 +232,43 @@ def test_tiling_and_slicing(pipe):
     assert pipe.vae.use_tiling and not pipe.vae.use_slicing
     answer(num_images=2, steps=1)
     assert not pipe.vae.use_tiling and pipe.vae.use_slicing
+
+
+def test_what_escapes_a_job_is_answered():
+    """A failure that even run_job does not catch is posted with stopPod: no job stays unanswered."""
+
+    def fail(*_args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    body, refresh = handler.JobLoop(fail, Future()).answer({"id": "x"}, handler.Observer())
+    result = json.loads(body)
+    assert refresh and result["stopPod"] and result["output"] == {"code": "GENERATION_FAILED"}
+    assert "illegal" not in result["error"]
+
+
+def test_a_failed_job_frees_its_memory_within_its_turn(pipe, monkeypatch):
+    """A failed job's tensors are gone before the next job's turn on the GPU begins."""
+    monkeypatch.setattr(handler.log, "propagate", False)
+    born, alive = [], []
+
+    def fail(_module, args):
+        born.append(weakref.ref(args[0]))
+        raise RuntimeError("in the middle of a job")
+
+    def next_job():
+        with handler.WORKER.gpu:
+            alive.append(born[0]() is not None)
+
+    hook = pipe.unet.register_forward_pre_hook(fail)
+    with handler.WORKER.gpu:
+        first = threading.Thread(target=answer)
+        first.start()
+        time.sleep(0.2)  # let it wait at the lock; the claim holds in any order
+    while not born:
+        time.sleep(0.01)
+    second = threading.Thread(target=next_job)
+    second.start()
+    first.join()
+    second.join()
+    hook.remove()
+    assert alive == [False]
