@@ -2970,6 +2970,8 @@ def serve_queue() -> None:
         loop = JobLoop(run_job, in_background(set_up))
         take_over(load_sdk(state), loop)
         runpod.serverless.start({"handler": handler})
+    sys.stdout.flush()
+    os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
 
 
 def start_heartbeat(state: str) -> None:
