@@ -102,7 +102,8 @@ texts = st.one_of(
 @ANY
 @given(prompt=texts, max_tokens=st.one_of(st.just(75), st.integers(4, 75)), second=st.booleans())
 @example(prompt="<|endoftext|>" * 90, max_tokens=75, second=False)
-@example(prompt=unicodedata.normalize("NFD", "é,") * 100, max_tokens=75, second=False)
+@example(prompt=unicodedata.normalize("NFD", "é.") * 100, max_tokens=75, second=False)
+@example(prompt="ohehmomd", max_tokens=4, second=False)
 @example(prompt="!" * 200, max_tokens=75, second=True)
 @example(prompt="!AÙĂAĈ", max_tokens=8, second=True)
 @example(prompt="0\u0300\ufe20👧👧👧👧👧👧\ufe20", max_tokens=12, second=False)
@@ -141,6 +142,7 @@ def test_promise_with_the_fast_tokenizer(fast_tokenizer, prompt):
         ("cat " * 60 + 'dog!" ' + "cat " * 100, [62, 75, 25]),
         ("cat " * 60 + "1,000 " + "cat " * 100, [75, 75, 15]),  # no comma between words
         ("cat,dog," * 60, [74, 74, 74, 18]),
+        ("cat " * 58 + "dog, " + "cat " * 14 + "x-" * 35, [74, 70]),  # what follows the comma would not fit
         ("猫" * 20 + "。" + "猫" * 30, [61, 75, 15]),
     ],
 )
