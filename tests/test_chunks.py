@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import handler
 
-ANY = settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+ANY = settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 SCRIPTS = [
     *("a photo of", "1girl,solo,long_hair", "don't they'll we've I'D", "don’t", "Ünïcödé", "tiếng Việt", "naïve café,"),
     *("日本語の、テキスト。", "漢字", "한국어", "ภาษาไทย", "العربية", "עברית", "हिन्दी", "ΑΣ ὈΔΥΣΣΕΎΣ", "İstanbul"),
@@ -64,14 +66,21 @@ def own_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def words(tokenizer, text):
-    """The text's words as CLIP's tokenizer takes them, by their number of tokens."""
+def keeps_ids(tokenizer, field, max_tokens):
+    """Whether a text without spaces can be cut with no change of ids: no word of it is longer than a chunk.
+
+    Not where its reading depends on what is further away: Σ is σ or ς in lower case by the letters around it, and
+    accents are composed across control characters, which CLIP drops.
+    """
+    tokens = tokenizer.tokenize(field)
+    if len(tokens) <= max_tokens:
+        return True
     sizes = [0]
-    for token in tokenizer.tokenize(text):
+    for token in tokens:
         sizes[-1] += 1
         if token.endswith("</w>") or token in tokenizer.all_special_tokens:
             sizes.append(0)
-    return sizes
+    return max(sizes) <= max_tokens and not any(c == "Σ" or unicodedata.category(c)[0] == "C" for c in field)
 
 
 def assert_promise(tokenizer, prompt, max_tokens):
@@ -80,7 +89,7 @@ def assert_promise(tokenizer, prompt, max_tokens):
     ids = [own_ids(tokenizer, chunk) for chunk in chunks]
     longest_character = max((len(own_ids(tokenizer, c)) for c in prompt), default=0)
     assert all(0 < len(chunk) <= max(max_tokens, longest_character) for chunk in ids), [len(chunk) for chunk in ids]
-    if max(words(tokenizer, prompt)) <= max_tokens:
+    if all(keeps_ids(tokenizer, field, max_tokens) for field in re.split(f"[{handler.SPACE}]", prompt)):
         assert list(chain(*ids)) == own_ids(tokenizer, prompt)
     assert squeeze("".join(chunks)) == squeeze(prompt) or not own_ids(tokenizer, prompt)
 
