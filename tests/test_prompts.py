@@ -312,9 +312,9 @@ def test_truncate_is_what_the_encoder_does(pipe, encoder, prompt, caplog):
 
 
 def test_emphasis_in_truncate_mode(pipe, encoder):
-    """Emphasis multiplies the hidden states of its tokens there as well; BREAK ends what the window holds."""
+    """Emphasis multiplies the hidden states of its tokens there as well; BREAK cuts nothing off."""
     found = encode(encoder, "a (cat:1.5) BREAK dog", long_prompt="truncate").prompt_embeds
-    plain = pipe.encode_prompt("a cat")[0].clone()
+    plain = pipe.encode_prompt("a cat dog")[0].clone()
     plain[:, 2] *= 1.5
     assert_close([found], [plain])
 
