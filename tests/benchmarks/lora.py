@@ -150,6 +150,7 @@ def main() -> None:
         f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}; {options.dtype}, {options.size} size"
     )
     print(f"{options.loras} LoRAs of rank {options.rank}, {size / 1e9:.2f} GB; medians of {options.repeat} rounds")
+    print(f"seconds by {CLOCK.__name__}")
     print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat)))
 
 
