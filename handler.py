@@ -550,7 +550,7 @@ def recorded_sha256(path: Path) -> str | None:
     """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, or was
     put there by hand."""
     record = read_record(path)
-    return record.get("sha256") if record and is_untouched(record, path.stat()) else None
+    return record.get("sha256") if path.exists() and is_untouched(record, path.stat()) else None
 
 
 WRONG_HASH = "has another SHA256 than the published file"

@@ -465,3 +465,13 @@ def test_given_up_and_tried_again(server, tmp_path):
     handler.ensure_model_exists(config(), tmp_path / "store")
     assert sent(server) < 1.05 * origin.stat().st_size
     assert leftovers(tmp_path) == []
+
+
+def test_no_hash_of_a_file_that_is_gone(tmp_path):
+    """A file deleted from under a running worker has no recorded hash; no job fails for it."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    handler.write_record(path, path.stat(), "ab" * 32)
+    assert handler.recorded_sha256(path) == "ab" * 32
+    path.unlink()
+    assert handler.recorded_sha256(path) is None
