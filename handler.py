@@ -1295,6 +1295,9 @@ RESIDENT_GPU_BYTES = int(14.5 * GIB)
 UNTILED_PIXELS = 1_500_000
 
 
+# the LoRA stack
+
+
 # A LoRA adds scale * alpha / rank * up @ down to a weight. The stack is merged into the weights: nine PEFT adapters
 # turn the 1,870 kernels of a UNet forward into 27,851. Reading the files' many formats stays diffusers' business.
 
@@ -1561,6 +1564,9 @@ def compile_unet(pipe: Any, backend: str = "inductor") -> None:
         raise SetupFailed("torch.compile failed on this machine: unset TORCH_COMPILE", detail=error) from error
 
 
+# loading
+
+
 def load_pipeline() -> Any:
     """The ready StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU, its LoRA stack merged at the configured
     scales. `pipe.lora_stack` is the stack, `pipe.scheduler_config` what every job's scheduler is built from,
@@ -1652,6 +1658,9 @@ def place(pipe: Any, device: str) -> None:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
+
+
+# decoding
 
 
 def decode(pipe: Any, latents: Any) -> list[Any]:
@@ -2322,6 +2331,9 @@ def hash_models(files: ModelFiles) -> None:
         addnet_hash(file)
 
 
+# files
+
+
 def encode_image(image: Any, recipe: str, image_format: str, **options: Any) -> bytes:
     """A PIL image as a png, jpeg or webp file with its recipe; options overrule ENCODINGS."""
     options = ENCODINGS[image_format] | options
@@ -2352,6 +2364,9 @@ def encode_images(images: list[Any], recipes: list[str], image_format: str, **op
     """The files of a batch, encoded side by side: zlib, libjpeg and libwebp work without the GIL."""
     with ThreadPoolExecutor(len(images)) as pool:
         return list(pool.map(lambda *given: encode_image(*given, image_format, **options), images, recipes))
+
+
+# answers and buckets
 
 
 def deliver(
@@ -2754,6 +2769,9 @@ def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[s
     return chosen
 
 
+# running a job
+
+
 class Observer:
     """Is told how far a job has come. This one ignores it; Progress reports it to RunPod."""
 
@@ -3044,6 +3062,9 @@ def check_store(settings: Settings) -> None:
             raise SetupFailed("the model store cannot be written to: check MODEL_CACHE_DIR", detail=error) from error
 
 
+# the job loop
+
+
 class JobLoop:
     """Takes jobs from RunPod's queue, runs each in a thread and posts its answer, beside the next one.
 
@@ -3277,6 +3298,9 @@ def result_body(answer: Mapping[str, Any]) -> bytes:
     if answer.get("refresh_worker"):
         result["stopPod"] = True
     return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
+
+
+# the command line
 
 
 def main() -> None:
