@@ -987,7 +987,7 @@ class Download:
     def __init__(self, model: Model, client: Client, progress: FetchProgress) -> None:
         self.model, self.client, self.progress = model, client, progress
         self.fetched, self.resumed = False, 0.0
-        self.moved()
+        self.progressed()
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
@@ -1013,7 +1013,7 @@ class Download:
 
     def fetch(self, lock: StoreLock) -> None:
         """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
-        self.moved()
+        self.progressed()
         for last in (False, True):
             try:
                 self.patiently(self.fetch_once, lock)
@@ -1118,7 +1118,7 @@ class Download:
                     todo.appendleft(span)
                 connections = max(connections // 2, 1) if fault else min(connections + 1, CONNECTIONS)
                 if fault and span.began > self.resumed:  # else it belongs to a fault that was waited for
-                    self.bear(fault)
+                    self.wait_or_give_up(fault)
                     self.renew()
 
     def fetch_span(self, part: Part, span: Span) -> tuple[Span, Fault | None]:
@@ -1132,7 +1132,7 @@ class Download:
                 fault = error
         if span.at - start < min(span.end - start, MIN_BLOCK):
             return span, fault
-        self.moved()
+        self.progressed()
         return span, None
 
     def ask_for(self, part: Part, span: Span, link: str) -> None:
@@ -1173,9 +1173,9 @@ class Download:
             try:
                 return step(*args)
             except Fault as fault:
-                self.bear(fault)
+                self.wait_or_give_up(fault)
 
-    def bear(self, fault: Fault) -> None:
+    def wait_or_give_up(self, fault: Fault) -> None:
         """Waits before the next try, or raises DownloadError where there have been enough."""
         self.faults += 1
         delay = fault.wait_s or min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
@@ -1187,7 +1187,7 @@ class Download:
         time.sleep(delay)
         self.resumed = time.monotonic()
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """Bytes came: faults count from here again."""
         self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
 
@@ -3183,7 +3183,7 @@ class JobLoop:
             self.stop()
             self.poll.cancel()
         await progress.close()
-        await self.deliver(job_id, body)
+        await self.post_answer(job_id, body)
         in_progress.remove(job_id)
 
     def answer(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
@@ -3201,7 +3201,7 @@ class JobLoop:
             log.exception("job %s: the answer is no JSON", job["id"])
             return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
 
-    async def deliver(self, job_id: str, body: bytes) -> None:
+    async def post_answer(self, job_id: str, body: bytes) -> None:
         """Posts the answer; where RunPod will not have it, a short one, since clients would see a job COMPLETED
         without output."""
         refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
