@@ -65,6 +65,7 @@ class Request:
     status: int = 0
     sent: int = 0
     started: float = 0.0  # time.monotonic()
+    done: bool = False  # answered, or given up
 
     @property
     def range(self) -> str:
@@ -106,6 +107,13 @@ class CivitaiServer:
     def requests_of(self, route: str, version_id: int | None = None) -> list[Request]:
         """What was asked on one route, in order."""
         return [r for r in self.requests if r.route == route and version_id in (None, r.version_id)]
+
+    def bytes_sent(self, route: str) -> int:
+        """What went out on one route, once its requests are done: a client has its bytes before they are counted."""
+        deadline = time.monotonic() + 10
+        while not all(request.done for request in self.requests_of(route)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return sum(request.sent for request in self.requests_of(route))
 
     def clear(self) -> None:
         """Forget all requests and faults."""
@@ -158,6 +166,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
+
+    request_seen: Request | None = None
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        finally:
+            if self.request_seen:
+                self.request_seen.done = True
 
     def do_HEAD(self) -> None:
         self.open_request("")
