@@ -1058,7 +1058,7 @@ class Download:
         """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
         response = self.client.get(self.model.url, "0-0")
         self.check_status(response, signed=bool(response.history))
-        etag = response.headers.get("etag") or response.headers.get("last-modified", "")
+        etag = file_tag(response)
         if response.status_code == 200:
             length = response.headers.get("content-length")
             return Source(response.url, int(length) if length else math.inf, etag, response)
@@ -1151,7 +1151,7 @@ class Download:
 
     def check_range(self, response: Any, start: int) -> None:
         """Raises Fault for anything but bytes from `start` on of the same file."""
-        etag = response.headers.get("etag") or response.headers.get("last-modified", "")
+        etag = file_tag(response)
         described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
         if not described or (int(described[1]), int(described[2])) != (start, self.source.size):
             raise Fault("the server ignored a range")
@@ -1190,6 +1190,11 @@ class Download:
     def progressed(self) -> None:
         """Bytes came: faults count from here again."""
         self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
+
+
+def file_tag(response: Any) -> str:
+    """What changes with a file: its ETag, else its date."""
+    return response.headers.get("etag") or response.headers.get("last-modified", "")
 
 
 @contextmanager
