@@ -36,6 +36,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -55,6 +56,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
@@ -239,13 +241,13 @@ def parse_number(environ: Mapping[str, str], name: str, default: float, low: flo
     """A number within [low, high]; an empty setting is the default."""
     text = environ.get(name) or str(default)
     try:
-        number = int(text) if whole else float(text)
+        value = int(text) if whole else float(text)
     except ValueError:
-        number = math.nan
-    if not low <= number <= high:
+        value = math.nan
+    if not low <= value <= high:
         kind = "whole number" if whole else "number"
         raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {text!r}")
-    return number
+    return value
 
 
 def parse_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
@@ -422,12 +424,14 @@ USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a l
 CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
 MIN_SPAN, MAX_SPAN = 2 * MIB, 32 * MIB  # what one request asks for
 MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.01  # what one read takes, and about how long
+HASH_BYTES = 16 * MIB
 CONNECT_S, STALL_S, LISTING_S = 10.0, 30.0, 5.0
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 REPORT_S = 5.0
-READERS = 8  # at once, of one file
+FIRST_READERS, READERS = 2, 8  # at once, of all files together
+READ_BYTES, SLOW_READ_S = 32 * MIB, 0.25  # what one of them reads at a time; the same at 134 MB/s
 
 
 @dataclass(frozen=True)
@@ -444,11 +448,11 @@ def fetch_models(settings: Settings) -> ModelFiles:
 
     Raises DownloadError for the checkpoint; a LoRA that cannot be had is named in `failed`.
     """
-    client, loras, failed = Client(settings), {}, {}
+    client, ahead, loras, failed = Client(settings), ReadAhead(), {}, {}
     with FetchProgress() as progress:
-        checkpoint = in_background(start_file, settings.checkpoint, settings.checkpoint_dir, client, progress)
+        checkpoint = in_background(start_file, settings.checkpoint, settings.checkpoint_dir, client, progress, ahead)
         futures = {
-            name: in_background(start_file, config, settings.lora_dir, client, progress)
+            name: in_background(start_file, config, settings.lora_dir, client, progress, ahead)
             for name, config in settings.stack.items()
         }
         path = checkpoint.result()
@@ -488,33 +492,64 @@ def download_file(url: str, filepath: Path) -> None:
         Download(Model.of(config, filepath.parent, client), client, progress).ensure(again=True)
 
 
-def start_file(config: dict[str, Any], folder: Path, client: Client, progress: FetchProgress) -> Path:
-    """ensure_model_exists for a cold start: reads a file that was in place ahead of its use."""
+def start_file(config: dict[str, Any], folder: Path, client: Client, progress: FetchProgress, ahead: ReadAhead) -> Path:
+    """ensure_model_exists for a cold start: a file that was in place is read ahead of its use."""
     download = Download(Model.of(config, folder, client), client, progress)
     path = download.ensure()
     if not download.fetched:  # what was fetched is in the page cache
-        in_background(read_ahead, path)
+        ahead.add(path)
     return path
 
 
-def read_ahead(path: Path) -> None:
-    """Brings a file into the page cache with eight reads at a time.
+class ReadAhead:
+    """Brings files into the page cache by large reads, two at a time; up to eight where each is slow.
 
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
-    worse on a network volume. Nobody waits for this: the mapped pages come no later for it.
+    worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
+    disk, where more would keep the imports from it. Nobody waits for this: mapped pages come no later for it.
     """
-    chunks = range(0, path.stat().st_size, MAX_SPAN)
-    left = iter(chunks)  # shared: next() of a range iterator is atomic
 
-    def read() -> None:
-        buffer = bytearray(MIB)
-        with path.open("rb", buffering=0) as file:
-            for chunk in left:
-                for offset in range(chunk, chunk + MAX_SPAN, MIB):
-                    os.preadv(file.fileno(), [buffer], offset)
+    def __init__(self) -> None:
+        self.todo: SimpleQueue[tuple[Path, int]] = SimpleQueue()
+        self.lock, self.readers = threading.Lock(), 0
 
-    for _ in range(min(READERS, len(chunks) // READERS + 1)):  # few for a small file: the imports read this disk too
-        in_background(read)
+    def add(self, path: Path) -> None:
+        """Begins with a file, behind those that were added before."""
+        for offset in range(0, path.stat().st_size, READ_BYTES):
+            self.todo.put((path, offset))
+        for _ in range(FIRST_READERS):
+            self.start_reader(FIRST_READERS)
+
+    def start_reader(self, most: int) -> None:
+        """One more reader, where there are not as many as that."""
+        with self.lock:
+            if self.readers < most:
+                self.readers += 1
+                in_background(self.read)
+
+    def read(self) -> None:
+        """Reads what is to be read."""
+        buffers = [memoryview(bytearray(MIB))] * (READ_BYTES // MIB)  # all the same memory: the bytes go nowhere
+        with suppress(Empty):
+            while True:
+                path, offset = self.todo.get_nowait()
+                started = time.monotonic()
+                with path.open("rb", buffering=0) as file:
+                    if not all(is_cached(file, at) for at in range(offset, offset + READ_BYTES, MIB)):
+                        os.preadv(file.fileno(), buffers, offset)
+                if time.monotonic() - started > SLOW_READ_S:
+                    self.start_reader(READERS)
+        with self.lock:
+            self.readers -= 1
+
+
+def is_cached(file: Any, offset: int) -> bool:
+    """Whether a byte of an open file can be had without waiting; False where the file system cannot tell."""
+    try:
+        os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+    except OSError:
+        return False
+    return True
 
 
 # what is in place
@@ -877,9 +912,9 @@ class Part:
         if not self.open:
             raise Fault("the download was given up")
         view, at = memoryview(block), start
-        while at < start + len(block):
-            at += os.pwrite(self.file, view[at - start :], at)
-        with self.lock:
+        with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
+            while at < start + len(block):
+                at += os.pwrite(self.file, view[at - start :], at)
             os.write(self.log, self.RECORD.pack(start, at))
             self.add(start, at)
 
@@ -890,16 +925,20 @@ class Part:
         return [(start, end) for start, end in gaps if start < end]
 
     def sha256(self) -> str:
-        """The hash of the whole file, read behind the front of what has come."""
-        digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(MIB))
+        """The hash of the whole file, made behind the front of what has come, whole pages at a time.
+
+        Of the mapped file, as safetensors maps it later: reading would copy every byte once more.
+        """
+        digest, at = hashlib.sha256(), 0
         while at < self.size and self.open:
-            ready = min(self.starts.get(0, 0) - at, len(buffer))
-            if ready == 0:
+            front = self.starts.get(0, 0)
+            end = min(front if front == self.size else front - front % mmap.PAGESIZE, at + HASH_BYTES)
+            if end == at:
                 time.sleep(BLOCK_S)
                 continue
-            ready = os.preadv(self.file, [buffer[:ready]], at)
-            digest.update(buffer[:ready])
-            at += ready
+            with mmap.mmap(self.file, end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
+                digest.update(pages)
+            at = end
         return digest.hexdigest()
 
     def publish(self, sha256: str) -> None:
@@ -1144,7 +1183,7 @@ class Download:
 
     def receive(self, response: Any, part: Part, span: Span) -> None:
         """Takes a body's bytes, as long as they come."""
-        for block in blocks(response, span.end - span.at):
+        for block in body_blocks(response, span.end - span.at):
             part.write(span.at, block)
             span.at += len(block)
             self.progress.got(len(block))
@@ -1229,7 +1268,7 @@ def spans(ranges: list[tuple[int, int]]) -> Iterator[Span]:
             start, left = start + size, left - size
 
 
-def blocks(response: Any, left: float) -> Iterator[bytes]:
+def body_blocks(response: Any, left: float) -> Iterator[bytes]:
     """At most `left` bytes of a body in blocks of about BLOCK_S each: short ones lose little to a kill, long ones cost
     little CPU."""
     size = MIN_BLOCK
@@ -1583,9 +1622,9 @@ def load_pipeline() -> Any:
     files = in_background(fetch_models, settings)  # beside the imports, which take 4-7 s
     if settings.torch_compile:
         keep_compiled_code(settings)
-    with phase("imports"):
+    with phase("imports"), garbage_left():
         device = choose_device(settings)
-        quiet_libraries()
+        import_libraries()
     models = files.result()
     with phase("checkpoint and VAE"):
         pipe = build_pipeline(settings, models.checkpoint, torch.float16 if device == "cuda" else torch.float32)
@@ -1593,7 +1632,7 @@ def load_pipeline() -> Any:
         pipe.lora_stack = LoraStack(pipe, models.loras)
         pipe.lora_stack.failed.update(models.failed)
     with phase("move to %s", device):
-        place(pipe, device)
+        place_pipeline(pipe, device)
     with phase("merging the LoRA stack"):
         pipe.lora_stack.apply({name: config["scale"] for name, config in settings.stack.items()})
     pipe.model_files = models
@@ -1629,8 +1668,21 @@ def check_cuda() -> None:
         raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
 
 
-def quiet_libraries() -> None:
-    """Progress bars of the libraries' own loading steps would stand between the log's lines."""
+@contextmanager
+def garbage_left() -> Iterator[None]:
+    """No garbage collection for a while: what 3,000 modules make while they are imported stays for good, and looking
+    through it again and again takes a seventh of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def import_libraries() -> None:
+    """Imports what a pipeline needs."""
+    _ = diffusers.StableDiffusionXLPipeline, diffusers.AutoencoderKL  # diffusers imports a class when it is named
+    # progress bars of the libraries' own loading steps would stand between the log's lines
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
@@ -1657,7 +1709,7 @@ def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
     return pipe
 
 
-def place(pipe: Any, device: str) -> None:
+def place_pipeline(pipe: Any, device: str) -> None:
     """Everything on the GPU where it fits, else each model only while it works (model CPU offload)."""
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < RESIDENT_GPU_BYTES:
         pipe.enable_model_cpu_offload()
@@ -2433,7 +2485,7 @@ def parse_s3_config(job: Mapping[str, Any]) -> Bucket | None:
     missing = [key for key in S3_CONFIG if not (isinstance(given.get(key), str) and given[key].strip())]
     if missing:
         raise UploadFailed(f"s3Config needs {', '.join(S3_CONFIG)} as text; missing: {', '.join(missing)}")
-    return Bucket(**{field: given[key].strip() for key, field in S3_CONFIG.items()})
+    return Bucket(**{attribute: given[key].strip() for key, attribute in S3_CONFIG.items()})
 
 
 def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id: str) -> list[str]:
@@ -2576,7 +2628,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 Check = Callable[[str, Any], Any]
 
 
-def text(low: int, high: int) -> Check:
+def text_of(low: int, high: int) -> Check:
     """Text of low to high characters."""
 
     def check(name: str, value: Any) -> str:
@@ -2589,7 +2641,7 @@ def text(low: int, high: int) -> Check:
     return check
 
 
-def whole(low: int, high: int, multiple_of: int = 1) -> Check:
+def whole_number(low: int, high: int, multiple_of: int = 1) -> Check:
     """A whole number from low to high; JSON's true is none."""
 
     def check(name: str, value: Any) -> int:
@@ -2604,7 +2656,7 @@ def whole(low: int, high: int, multiple_of: int = 1) -> Check:
     return check
 
 
-def number(low: float, high: float) -> Check:
+def real_number(low: float, high: float) -> Check:
     """A number from low to high; neither true nor NaN."""
 
     def check(name: str, value: Any) -> float:
@@ -2629,18 +2681,18 @@ def one_of(choices: Iterable[str]) -> Check:
     return check
 
 
-def switch(name: str, value: Any) -> bool:
+def true_or_false(name: str, value: Any) -> bool:
     """true or false."""
     if not isinstance(value, bool):
         raise InvalidInput(f"{name} must be true or false, got {shown(value)}")
     return value
 
 
-def seed(name: str, value: Any) -> int:
+def seed_or_random(name: str, value: Any) -> int:
     """A seed from 0 to 2**32-1; null and -1 draw one."""
     if value is None or (type(value) is int and value == -1):
         return secrets.randbelow(MAX_SEED)
-    return whole(0, MAX_SEED - 1)(name, value)
+    return whole_number(0, MAX_SEED - 1)(name, value)
 
 
 def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
@@ -2659,8 +2711,8 @@ def lora_item(name: str, item: Any) -> tuple[str, float | None]:
     refuse_unknown(item, ("name", "scale"), f"{name}: ")
     scale = item.get("scale")
     if scale is not None:
-        scale = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{name}.scale", scale)
-    return text(1, 200)(f"{name}.name", item["name"]), scale
+        scale = real_number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{name}.scale", scale)
+    return text_of(1, 200)(f"{name}.name", item["name"]), scale
 
 
 def refuse_unknown(given: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
@@ -2680,20 +2732,20 @@ class Field:
 
 
 FIELDS = {
-    "prompt": Field(text(1, MAX_PROMPT)),
-    "negative_prompt": Field(text(0, MAX_PROMPT), ""),
-    "width": Field(whole(256, 2048, multiple_of=8), 1024),
-    "height": Field(whole(256, 2048, multiple_of=8), 1024),
-    "steps": Field(whole(1, 150), 24, also=("num_inference_steps",)),
-    "guidance_scale": Field(number(1, 30), 4.5, also=("cfg_scale",)),
-    "seed": Field(seed, None),
-    "num_images": Field(whole(1, 4), 1, also=("batch_size",)),
+    "prompt": Field(text_of(1, MAX_PROMPT)),
+    "negative_prompt": Field(text_of(0, MAX_PROMPT), ""),
+    "width": Field(whole_number(256, 2048, multiple_of=8), 1024),
+    "height": Field(whole_number(256, 2048, multiple_of=8), 1024),
+    "steps": Field(whole_number(1, 150), 24, also=("num_inference_steps",)),
+    "guidance_scale": Field(real_number(1, 30), 4.5, also=("cfg_scale",)),
+    "seed": Field(seed_or_random, None),
+    "num_images": Field(whole_number(1, 4), 1, also=("batch_size",)),
     "scheduler": Field(scheduler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
-    "clip_skip": Field(whole(1, 12), 2),
+    "clip_skip": Field(whole_number(1, 12), 2),
     "long_prompt": Field(one_of(LONG_PROMPT_MODES), "blend"),
     "loras": Field(lora_list, None),
     "image_format": Field(one_of(ENCODINGS), "png"),
-    "embed_metadata": Field(switch, True),
+    "embed_metadata": Field(true_or_false, True),
 }
 
 
@@ -2727,8 +2779,8 @@ def parse_request(raw: Any, settings: Settings) -> JobRequest:
     """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
     if not isinstance(raw, dict):
         raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(raw)} as input')
-    refuse_unknown(raw, [name for key, field in FIELDS.items() for name in (key, *field.also)])
-    values = {name: read_field(name, field, raw) for name, field in FIELDS.items()}
+    refuse_unknown(raw, [name for key, spec in FIELDS.items() for name in (key, *spec.also)])
+    values = {name: read_field(name, spec, raw) for name, spec in FIELDS.items()}
     warnings: list[str] = []
     for name in ("prompt", "negative_prompt"):
         clean = well_formed(values[name])
@@ -2739,14 +2791,14 @@ def parse_request(raw: Any, settings: Settings) -> JobRequest:
     return JobRequest(**values, warnings=tuple(warnings))
 
 
-def read_field(name: str, field: Field, raw: Mapping[str, Any]) -> Any:
+def read_field(name: str, spec: Field, raw: Mapping[str, Any]) -> Any:
     """The checked value of a field, given under its own name or another of its names, or its default."""
-    given = [key for key in (name, *field.also) if key in raw]
+    given = [key for key in (name, *spec.also) if key in raw]
     if len(given) > 1:
         raise InvalidInput(f"{given[0]} and {given[1]} are the same field: give one of them")
-    if not given and field.default is REQUIRED:
+    if not given and spec.default is REQUIRED:
         raise InvalidInput(f"{name} is required")
-    return field.check(given[0] if given else name, raw[given[0]] if given else field.default)
+    return spec.check(given[0] if given else name, raw[given[0]] if given else spec.default)
 
 
 def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[str]) -> dict[str, float]:
@@ -2770,7 +2822,7 @@ def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[s
         if adapter is None:
             warnings.append(f"<lora:{name}> was left out: the stack holds {', '.join(stack) or 'no LoRA'}")
         else:
-            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
+            chosen[adapter] = real_number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
     return chosen
 
 
@@ -2979,9 +3031,12 @@ def free_memory() -> None:
 # entry
 
 POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
+# before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit
+POLL_PAUSES_S, POLL_PAUSE_S = {204: 0.1, 400: 0.1, 429: 5.0}, 1.0
 LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
-PROGRESS_S, LAST_PROGRESS_S = 1, 2  # between updates; for the last one before the answer
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
+PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -3016,11 +3071,19 @@ def start_heartbeat(state: str) -> None:
         os._exit(1)
 
 
+def import_sdk() -> None:
+    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, which takes 1.2 s of a
+    core, for a debug output of its own."""
+    importlib.import_module("cpuinfo").get_cpu_info = dict  # without a name in it
+    importlib.import_module("runpod")
+
+
 def load_sdk(state: str) -> Any:
     """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`.
 
     SDK 1.7.13 keeps them in the working directory: a worker killed there waits for its dead jobs for ever.
     """
+    import_sdk()
     modules = runpod.serverless.modules
     in_progress = modules.worker_state.JobsProgress
     in_progress._STATE_DIR, in_progress._STATE_FILE = state, f"{state}/.runpod_jobs.pkl"
@@ -3148,8 +3211,8 @@ class JobLoop:
         return not self.stopping
 
     async def take_job(self) -> dict[str, Any] | None:
-        """One long poll; None where it brought no job. RunPod answers 204 for none, 400 around FlashBoot."""
-        pause = 1.0
+        """One long poll; None where it brought no job."""
+        pause = POLL_PAUSE_S
         address, timeout = runpod.serverless.modules.rp_job._job_get_url(), aiohttp.ClientTimeout(total=POLL_S)
         try:
             async with self.session.get(address, timeout=timeout) as response:
@@ -3157,7 +3220,7 @@ class JobLoop:
                     return parse_job(await response.read())
                 if response.status not in (204, 400):
                     log.warning("asking for a job: HTTP %d", response.status)
-                pause = {204: 0.1, 400: 0.1, 429: 5.0}.get(response.status, pause)
+                pause = POLL_PAUSES_S.get(response.status, pause)
         except (aiohttp.ClientError, TimeoutError) as error:
             log.warning("asking for a job: %s", type(error).__name__)
         await asyncio.sleep(pause)
@@ -3166,7 +3229,7 @@ class JobLoop:
     def hold(self, job: dict[str, Any]) -> None:
         """Begins with a job, in a task of its own."""
         self.waiting.add(job["id"])
-        task = self.loop.create_task(self.do(job))
+        task = self.loop.create_task(self.serve_job(job))
         self.held.add(task)
         task.add_done_callback(self.held.discard)
         task.add_done_callback(lambda _: self.changed.set())
@@ -3176,13 +3239,13 @@ class JobLoop:
         self.waiting.discard(job_id)
         self.changed.set()
 
-    async def do(self, job: dict[str, Any]) -> None:
+    async def serve_job(self, job: dict[str, Any]) -> None:
         """One job, from the queue to its answer."""
         job_id = job["id"]
         in_progress = runpod.serverless.modules.worker_state.JobsProgress()
         in_progress.add(job_id)  # the id alone: the SDK would write the whole job to the disk, s3Config's key included
         progress = Progress(self, job_id)
-        body, refresh = await asyncio.to_thread(self.answer, job, progress)
+        body, refresh = await asyncio.to_thread(self.run_to_body, job, progress)
         self.begun(job_id)
         if refresh:
             self.stop()
@@ -3191,7 +3254,7 @@ class JobLoop:
         await self.post_answer(job_id, body)
         in_progress.remove(job_id)
 
-    def answer(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
+    def run_to_body(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
         """The job's answer as it is posted, and whether the worker must be replaced."""
         try:
             answer = self.run(job, progress)
@@ -3215,7 +3278,7 @@ class JobLoop:
 
     async def is_accepted(self, job_id: str, body: bytes) -> bool:
         """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
-        deadline, pause = self.loop.time() + ANSWER_RETRY_S, 0.5
+        deadline, pause = self.loop.time() + ANSWER_RETRY_S, FIRST_PAUSE_S
         while True:
             try:
                 await self.post(job_id, body, ANSWER_TRY_S)
@@ -3228,7 +3291,7 @@ class JobLoop:
             if lasting or self.loop.time() > deadline:
                 return False
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 8)
+            pause = min(2 * pause, LAST_PAUSE_S)
 
     async def post(self, job_id: str, body: bytes, timeout_s: float) -> None:
         """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError or TimeoutError."""
@@ -3265,8 +3328,9 @@ class Progress(Observer):
     async def send(self, step: int, steps: int) -> None:
         """One update; one that gets lost is no harm."""
         output = {"step": step, "steps": steps, "percent": round(100 * step / steps)}
+        body = json.dumps({"status": "IN_PROGRESS", "output": output}).encode()
         try:
-            await self.jobs.post(self.job_id, json.dumps({"status": "IN_PROGRESS", "output": output}).encode(), 10)
+            await self.jobs.post(self.job_id, body, PROGRESS_TRY_S)
         except (aiohttp.ClientError, TimeoutError) as error:
             log.info("job %s: a progress update was lost: %s", self.job_id, type(error).__name__)
         self.next_at = self.jobs.loop.time() + PROGRESS_S
@@ -3315,6 +3379,7 @@ def main() -> None:
     if "RUNPOD_WEBHOOK_GET_JOB" in os.environ:
         serve_queue()
         return
+    import_sdk()
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
         in_background(WORKER.ready)  # the first request waits for it, and is told where it failed

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,17 +189,45 @@ def test_damaged_record(server, tmp_path, record):
 
 
 def test_read_ahead(tmp_path):
-    """Reading ahead brings every byte of a file into the page cache."""
-    path = write_model(tmp_path / "model.safetensors", 70 * MIB)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    handler.read_ahead(path)
-    deadline = time.monotonic() + 20
-    with path.open("rb") as file:
-        while not all(is_cached(file.fileno(), at) for at in range(0, path.stat().st_size, MIB)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    """Reading ahead brings every byte of the files into the page cache."""
+    paths = [write_model(tmp_path / f"{size}.safetensors", size * MIB) for size in (70, 3)]
+    ahead = handler.ReadAhead()
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        ahead.add(path)
+    for path in paths:
+        with path.open("rb") as file:
+            while not all(is_cached(file.fileno(), at) for at in range(0, path.stat().st_size, MIB)):
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("slow_s", "readers"), [(60, 2), (0.01, 8)])
+def test_readers(tmp_path, monkeypatch, slow_s, readers):
+    """Two read ahead on a fast disk, eight where every read waits for a server; none stays when all is read."""
+    monkeypatch.setattr(handler, "READ_BYTES", MIB)
+    monkeypatch.setattr(handler, "SLOW_READ_S", slow_s)
+    now = most = 0
+    lock = threading.Lock()
+
+    def preadv(*_: object) -> int:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return MIB
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    ahead = handler.ReadAhead()
+    for i in range(3):
+        ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
+    while ahead.readers:
+        time.sleep(0.01)
+    assert ahead.todo.empty()
+    assert most == readers
 
 
 def is_cached(descriptor: int, offset: int) -> bool:

@@ -39,10 +39,17 @@ def start(way: str) -> None:
         nonlocal began
         began, marks[phase] = time.monotonic(), time.monotonic() - began
 
-    files = handler.in_background(handler.fetch_models, settings) if way == "worker" else None
+    if way == "worker":  # as serve_queue and load_pipeline do
+        files = handler.in_background(handler.fetch_models, settings)
+        sdk = handler.in_background(handler.import_sdk)
+        with handler.garbage_left():
+            handler.import_libraries()
+            sdk.result()
     import_all()
     mark("imports")
-    checkpoint = files.result().checkpoint if files else settings.checkpoint_dir / settings.checkpoint["filename"]
+    checkpoint = settings.checkpoint_dir / settings.checkpoint["filename"]
+    if way == "worker":
+        checkpoint = files.result().checkpoint
     mark("files")
     pipe = handler.build_pipeline(settings, checkpoint, handler.torch.float16)
     mark("pipeline")

@@ -145,6 +145,7 @@ def fetch_once(client: str, port: int, path: Path) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ["CIVITAI_BASE_URL"] = f"http://127.0.0.1:{port}"
     import hf_transfer  # noqa: F401
+    import numpy  # noqa: F401
     import safetensors  # noqa: F401
     import tqdm  # noqa: F401
 
