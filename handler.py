@@ -423,8 +423,8 @@ def gpu_is_lost() -> bool:
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
 MIN_SPAN, MAX_SPAN = 2 * MIB, 32 * MIB  # what one request asks for
-MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.01  # what one read takes, and about how long
-HASH_BYTES = 16 * MIB
+MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.05  # what one read takes, and about how long
+HASH_BYTES, HASH_POLL_S = 16 * MIB, 0.01  # what is hashed at a time; how often more is looked for
 CONNECT_S, STALL_S, LISTING_S = 10.0, 30.0, 5.0
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
@@ -934,7 +934,7 @@ class Part:
             front = self.starts.get(0, 0)
             end = min(front if front == self.size else front - front % mmap.PAGESIZE, at + HASH_BYTES)
             if end == at:
-                time.sleep(BLOCK_S)
+                time.sleep(HASH_POLL_S)
                 continue
             with mmap.mmap(self.file, end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
                 digest.update(pages)

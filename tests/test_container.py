@@ -167,6 +167,22 @@ def test_resolution_without_the_index_is_not_the_cuda_11_8_torch(resolve):
     assert chosen["torch"] == "2.6.0"
 
 
+def test_modules_are_compiled_in_the_build(tmp_path):
+    """The Dockerfile's flag leaves compiled modules behind, which uv without it does not."""
+    wheel = tmp_path / "sample-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("sample.py", "x = 1\n")
+        file.writestr("sample-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n")
+        file.writestr("sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("sample-1.0.dist-info/RECORD", "")
+    flags = {"--compile-bytecode"} & set(shlex.split(run_with("uv pip install")))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
+    for folder, chosen in (("with", flags), ("without", set())):
+        target = ["--target", str(tmp_path / folder), "--python", sys.executable, "--offline", "--no-config"]
+        subprocess.run([BIN / "uv", "pip", "install", *chosen, *target, wheel], env=clean, check=True)
+        assert bool(list((tmp_path / folder).rglob("*.pyc"))) == (folder == "with")
+
+
 def test_build_fails_with_another_torch():
     """The build's own check ends with an error on the torch of this machine, which is not the CUDA 11.8 build."""
     check = shlex.split(run_with("torch.version.cuda").split("&&")[1])
