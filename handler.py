@@ -529,18 +529,22 @@ class ReadAhead:
 
     def read(self) -> None:
         """Reads what is to be read."""
-        buffers = [memoryview(bytearray(MIB))] * (READ_BYTES // MIB)  # all the same memory: the bytes go nowhere
         with suppress(Empty):
             while True:
-                path, offset = self.todo.get_nowait()
                 started = time.monotonic()
-                with path.open("rb", buffering=0) as file:
-                    if not all(is_cached(file, at) for at in range(offset, offset + READ_BYTES, MIB)):
-                        os.preadv(file.fileno(), buffers, offset)
+                read_chunk(*self.todo.get_nowait())
                 if time.monotonic() - started > SLOW_READ_S:
                     self.start_reader(READERS)
         with self.lock:
             self.readers -= 1
+
+
+def read_chunk(path: Path, offset: int) -> None:
+    """Brings READ_BYTES of a file into the page cache, where they are not there already."""
+    buffers = [bytearray(MIB)] * (READ_BYTES // MIB)  # all the same memory: the bytes go nowhere
+    with path.open("rb", buffering=0) as file:
+        if not all(is_cached(file, at) for at in range(offset, offset + READ_BYTES, MIB)):
+            os.preadv(file.fileno(), buffers, offset)
 
 
 def is_cached(file: Any, offset: int) -> bool:
