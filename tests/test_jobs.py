@@ -240,7 +240,7 @@ def test_what_escapes_a_job_is_answered():
     def fail(*_args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    body, refresh = handler.JobLoop(fail, Future()).answer({"id": "x"}, handler.Observer())
+    body, refresh = handler.JobLoop(fail, Future()).run_to_body({"id": "x"}, handler.Observer())
     result = json.loads(body)
     assert refresh and result["stopPod"] and result["output"] == {"code": "GENERATION_FAILED"}
     assert "illegal" not in result["error"]

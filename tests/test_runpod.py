@@ -144,7 +144,7 @@ def test_an_answer_that_is_no_json(value):
     if value == "cycle":
         value = [value]
         value.append(value)
-    body, refresh = handler.JobLoop(lambda *_: {"images": value}, Future()).answer({"id": "x"}, handler.Observer())
+    body, refresh = handler.JobLoop(lambda *_: {"images": value}, Future()).run_to_body({"id": "x"}, handler.Observer())
     assert json.loads(body)["output"] == {"code": "GENERATION_FAILED"} and not refresh
 
 
