@@ -56,7 +56,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
@@ -510,13 +509,12 @@ class ReadAhead:
     """
 
     def __init__(self) -> None:
-        self.todo: SimpleQueue[tuple[Path, int]] = SimpleQueue()
+        self.todo: deque[tuple[Path, int]] = deque()
         self.lock, self.readers = threading.Lock(), 0
 
     def add(self, path: Path) -> None:
         """Begins with a file, behind those that were added before."""
-        for offset in range(0, path.stat().st_size, READ_BYTES):
-            self.todo.put((path, offset))
+        self.todo.extend((path, offset) for offset in range(0, path.stat().st_size, READ_BYTES))
         for _ in range(FIRST_READERS):
             self.start_reader(FIRST_READERS)
 
@@ -529,14 +527,19 @@ class ReadAhead:
 
     def read(self) -> None:
         """Reads what is to be read."""
-        with suppress(Empty):
-            while True:
-                started = time.monotonic()
-                read_chunk(*self.todo.get_nowait())
-                if time.monotonic() - started > SLOW_READ_S:
-                    self.start_reader(READERS)
+        while chunk := self.take():
+            started = time.monotonic()
+            read_chunk(*chunk)
+            if time.monotonic() - started > SLOW_READ_S:
+                self.start_reader(READERS)
+
+    def take(self) -> tuple[Path, int] | None:
+        """The next chunk for a reader; None ends it. In one step: else a file added just then would find it counted."""
         with self.lock:
+            if self.todo:
+                return self.todo.popleft()
             self.readers -= 1
+            return None
 
 
 def read_chunk(path: Path, offset: int) -> None:

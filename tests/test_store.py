@@ -197,9 +197,11 @@ def test_read_ahead(tmp_path):
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         ahead.add(path)
+    deadline = time.monotonic() + 20
     for path in paths:
         with path.open("rb") as file:
             while not all(is_cached(file.fileno(), at) for at in range(0, path.stat().st_size, MIB)):
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
 
 
@@ -211,8 +213,10 @@ def test_readers(tmp_path, monkeypatch, slow_s, readers):
     now = most = 0
     lock = threading.Lock()
 
-    def preadv(*_: object) -> int:
+    def preadv(_descriptor: int, _buffers: list, _offset: int, flags: int = 0) -> int:
         nonlocal now, most
+        if flags == os.RWF_NOWAIT:
+            raise BlockingIOError  # nothing is in the page cache
         with lock:
             now, most = now + 1, max(most, now + 1)
         time.sleep(0.02)
@@ -226,7 +230,7 @@ def test_readers(tmp_path, monkeypatch, slow_s, readers):
         ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
     while ahead.readers:
         time.sleep(0.01)
-    assert ahead.todo.empty()
+    assert not ahead.todo
     assert most == readers
 
 
