@@ -1339,6 +1339,24 @@ class FetchProgress:
 # ---------------------------------------------------------------------------------------------------------------------
 # pipeline
 
+# part of a tensor's name -> what a file with it is; an SDXL checkpoint has none of these
+OTHER_CHECKPOINTS = {
+    "edm_mean": "a Playground 2.5 model (EDM)",
+    "edm_vpred.": "a CosXL model (EDM, v-prediction)",
+    "conditioner.embedders.0.model.": "an SDXL refiner",
+    "cond_stage_model.transformer.": "a Stable Diffusion 1.5 model",
+    "cond_stage_model.model.": "a Stable Diffusion 2 model",
+    "joint_blocks.": "a Stable Diffusion 3 model",
+    "double_blocks.": "a Flux model",
+    "double_layers.": "an AuraFlow model",
+    "lora_": "a LoRA",
+    "hada_": "a LoRA (LoHa)",
+    "lokr_": "a LoRA (LoKr)",
+    "down_blocks.": "in diffusers' layout, not in the single-file one",
+}
+UNET_KEY = "model.diffusion_model."
+TEXT_ENCODER_KEYS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+
 # At 1024² an fp16 SDXL with its activations peaks near 11 GiB; "16 GB" cards report between 14.5 and 16 GiB.
 RESIDENT_GPU_BYTES = int(14.5 * GIB)
 UNTILED_PIXELS = 1_500_000
@@ -1369,6 +1387,7 @@ class Engine:
             import_libraries()
         files = fetching.result()
         dtype = torch.float16 if device == "cuda" else torch.float32
+        scheduler_config = read_checkpoint(files.checkpoint)
         with phase("checkpoint and VAE"):
             pipe = build_pipeline(settings, files.checkpoint, dtype)
         with phase("LoRA files"):
@@ -1379,12 +1398,13 @@ class Engine:
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
                 pipe.to(device)
+        check_weights(pipe)
         with phase("merging the LoRA stack"), as_setup_failure("the LoRA stack could not be merged"):
             stack.apply({name: config["scale"] for name, config in settings.stack.items()})
         in_background(hash_models, files)  # ahead of the first job, whose recipe names them
         if settings.torch_compile:
             compile_unet(pipe)
-        return cls(settings, files, pipe, stack, PromptEncoder(pipe), pipe.scheduler.config)
+        return cls(settings, files, pipe, stack, PromptEncoder(pipe), {**pipe.scheduler.config, **scheduler_config})
 
 
 @contextmanager
@@ -1396,6 +1416,8 @@ def as_setup_failure(message: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError) as error:
         if is_out_of_memory(error):
             message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
+        elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
+            message = "the checkpoint is no whole SDXL model: some of its weights are missing; set another CHECKPOINT"
         raise SetupFailed(message, detail=error) from error
 
 
@@ -1437,6 +1459,44 @@ def import_libraries() -> None:
     # progress bars of the libraries' own loading steps would stand between the log's lines
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's header says that its scheduler must know: prediction_type and rescale_betas_zero_snr, by the
+    tensors `v_pred` and `ztsnr` or the metadata. Raises SetupFailed for a file that cannot be run, before it is loaded,
+    and says what it is."""
+    with (
+        as_setup_failure("the checkpoint cannot be read: delete it, and it is fetched again"),
+        safetensors.safe_open(checkpoint, framework="pt") as file,
+    ):
+        names, metadata = set(file.keys()), file.metadata() or {}
+        first = f"{UNET_KEY}input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1] if first in names else 4
+    kind = next((kind for sign, kind in OTHER_CHECKPOINTS.items() if any(sign in name for name in names)), "")
+    parts = {"UNet": UNET_KEY, "first text encoder": TEXT_ENCODER_KEYS[0], "second text encoder": TEXT_ENCODER_KEYS[1]}
+    missing = [part for part, key in parts.items() if not any(name.startswith(key) for name in names)]
+    if not kind and channels != 4:
+        kind = "an SDXL inpainting model" if channels == 9 else f"an SDXL model that takes {channels} channels"
+    if not kind and missing:
+        kind = f"a file without {' and '.join(missing)}"
+    if kind:
+        raise SetupFailed(f"the checkpoint is {kind}, which cannot be run here: set CHECKPOINT to an SDXL checkpoint")
+    predicts_v = "v_pred" in names or metadata.get("modelspec.prediction_type", "").lower().startswith("v")
+    config: dict[str, Any] = {"prediction_type": "v_prediction"} if predicts_v else {}
+    return config | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+
+
+def check_weights(pipe: Any) -> None:
+    """Raises SetupFailed where the checkpoint or the VAE holds NaN or infinite numbers, which would
+    make every image black."""
+    for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        weights = dict(getattr(pipe, component).named_parameters())
+        bounds = torch.stack([torch.stack(weight.detach().aminmax()).float() for weight in weights.values()])
+        finite = bounds.isfinite().all(1).tolist()
+        if not all(finite):
+            name = list(weights)[finite.index(False)]
+            what = "VAE" if component == "vae" else "checkpoint"
+            raise SetupFailed(f"the {what} is damaged: its {component} holds NaN or infinite numbers, in {name}")
 
 
 def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
