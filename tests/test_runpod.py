@@ -11,15 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from runpod_server import KEY, RunPodServer, Worker
+from runpod_server import KEY, ROOT, RunPodServer, Worker
 from soak import OUT_OF_MEMORY_WIDTH, soak
 from world import API_KEY
-
-import handler
 
 sys.path.append(str(Path(__file__).with_name("benchmarks")))
 from idle_gpu import measure
@@ -110,12 +107,8 @@ def test_jobs_and_failures_are_answered(shared):
 
 
 def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
-    """Jobs without input, with NaN, 5,000 digits or lone surrogates are answered; what has no id is let go."""
+    """Jobs without input, with NaN, 5,000 digits or lone surrogates are answered."""
     server = shared[0]
-    server.submit_raw([1])
-    server.submit_raw({"input": SHORT})
-    server.submit_raw(b"{")
-    server.submit_raw(b"[" * 100_000)
     bad = [server.submit_raw({"id": "x-1"}, "x-1"), server.submit({**SHORT, "bad\ud800": 1}), server.submit(None)]
     for number in (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-" + b"9" * 5000):
         job_id = f"n-{len(bad)}"
@@ -126,26 +119,33 @@ def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
     assert "U+FFFD" in server.result(surrogate)["output"]["metadata"]["warnings"][0]
 
 
-def test_the_store_must_be_writable(world, tmp_path, monkeypatch):
-    """A store that cannot be written to is SETUP_FAILED where a file is missing in it, and only there."""
-    (tmp_path / "file").touch()
-    for name, value in {**world.environ(), "CHECKPOINT_DIR": str(tmp_path / "file" / "below")}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(handler.SetupFailed, match="MODEL_CACHE_DIR") as caught:
-        handler.check_store(handler.Settings.from_environ())
-    assert str(tmp_path) not in str(caught.value)
-    monkeypatch.setenv("CHECKPOINT_DIR", str(world.checkpoint.parent))
-    handler.check_store(handler.Settings.from_environ())
+def test_polls_that_bring_no_job(shared):
+    """After an answer of 200 without a job the queue is asked again in a second, and the log says so once a minute."""
+    server, worker, _ = shared
+    first = len(server.polls) - 1
+    for nothing in ([1], {"input": SHORT}, b"{", b"[" * 100_000):
+        server.submit_raw(nothing)
+    assert is_good(server.result(server.submit(SHORT)))
+    brought = [poll for poll in server.polls[first:] if poll.taken][:5]
+    assert all(later.started - earlier.ended > 0.95 for earlier, later in itertools.pairwise(brought))
+    assert worker.log.read_text().count("HTTP 200 without a job") == 1
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), {1: {2: object()}}, "cycle"])
-def test_an_answer_that_is_no_json(value):
+@pytest.mark.parametrize("how", ["object", "nan", "deep", "cycle"])
+def test_an_answer_that_is_no_json(shared, breaks, how):
     """An answer that strict JSON cannot carry becomes GENERATION_FAILED instead of a job that hangs."""
-    if value == "cycle":
-        value = [value]
-        value.append(value)
-    body, refresh = handler.JobLoop(lambda *_: {"images": value}, Future()).run_to_body({"id": "x"}, handler.Observer())
-    assert json.loads(body)["output"] == {"code": "GENERATION_FAILED"} and not refresh
+    breaks(how)
+    result = shared[0].result(shared[0].submit(SHORT))
+    assert result["output"] == {"code": "GENERATION_FAILED"} and "stopPod" not in result
+
+
+def test_a_job_that_cannot_be_begun(shared, breaks):
+    """What fails between taking a job and its turn is answered, and the next job is taken."""
+    server = shared[0]
+    breaks("unlisted")
+    assert server.result(server.submit(SHORT))["output"] == {"code": "GENERATION_FAILED"}
+    breaks("")
+    assert is_good(server.result(server.submit(SHORT)))
 
 
 def test_answers_are_posted_until_they_are_accepted(shared):
@@ -195,6 +195,29 @@ def test_progress_and_heartbeat(shared):
     seen = len(server.pings)
     server.wait_for(lambda: len(server.pings) >= seen + 2)
     assert server.pings[-1].ids == []
+
+
+def kill_heartbeat(server: RunPodServer, worker: Worker) -> int:
+    """Kills the worker's heartbeat and waits until it is buried; returns how many pings there were."""
+    others = server.wait_for(lambda: set(family(worker)) - {worker.process.pid})
+    (heartbeat,) = others
+    os.kill(heartbeat, signal.SIGKILL)
+    server.wait_for(lambda: not Path(f"/proc/{heartbeat}").exists())
+    return len(server.pings)
+
+
+def test_a_killed_heartbeat_comes_back(shared):
+    """A heartbeat that is killed is logged, buried and followed by another, which names the job that is held now, and
+    none that was answered."""
+    server, worker, _ = shared
+    pings = kill_heartbeat(server, worker)
+    job_id = server.submit({**SHORT, "steps": 150, "width": 512})
+    server.wait_for(lambda: any(ping.ids == [job_id] for ping in server.pings[pings:]))
+    server.result(job_id)
+    again = kill_heartbeat(server, worker)
+    server.wait_for(lambda: len(server.pings) >= again + 2)
+    assert server.pings[-1].ids == []
+    assert worker.log.read_text().count("the heartbeat ended with status -9") == 2
 
 
 def test_a_hanging_update_is_closed_before_the_result(shared):
@@ -270,8 +293,9 @@ def test_killed_and_restarted(start, server, tmp_path):
 
 
 def test_sigterm_in_a_job(start, server):
-    """SIGTERM in a job: it is answered, the job that the open poll still brings too, nothing else is asked for."""
-    worker = start().ready()
+    """SIGTERM in a job: it is answered, the job that the open poll still brings too, nothing else is asked for. A
+    folder that no file is missing from need not be writable."""
+    worker = start(LORA_DIR="/dev/null/below").ready()
     running = server.submit(LONG)
     server.wait_for(lambda: server.jobs[running].progress and server.open_polls())
     worker.terminate()
@@ -300,7 +324,7 @@ def test_sigterm_as_pid_1(start):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs process namespaces")
     code = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    worker = start("-c", code, *unshare, sys.executable, str(Path(handler.__file__)))
+    worker = start("-c", code, *unshare, sys.executable, str(ROOT / "handler.py"))
     time.sleep(3)
     pid = worker.process.pid
     child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
@@ -308,20 +332,28 @@ def test_sigterm_as_pid_1(start):
     assert worker.wait(5) == 0
 
 
-def test_a_failed_start_is_answered(start, server):
-    """Models that cannot be made ready are SETUP_FAILED with refresh, told to one job; then the worker ends."""
-    worker = start(ALLOW_CPU="0")
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [("ALLOW_CPU", "0", "ALLOW_CPU"), ("CHECKPOINT_DIR", "/dev/null/below", "MODEL_CACHE_DIR")],
+)
+def test_a_failed_start_is_answered(start, server, setting, value, named):
+    """Models that cannot be made ready, or a store that cannot be written to, are SETUP_FAILED with refresh, told to
+    one job; then the worker ends."""
+    worker = start(**{setting: value})
     jobs = [server.submit(SHORT) for _ in range(2)]
     result = server.result(jobs[0])
-    assert result["output"] == {"code": "SETUP_FAILED"} and result["stopPod"] is True and "ALLOW_CPU" in result["error"]
+    assert result["output"] == {"code": "SETUP_FAILED"} and result["stopPod"] is True and named in result["error"]
+    assert "/dev/null" not in result["error"]
     assert worker.wait(5) == 0
     assert not server.jobs[jobs[1]].taken
 
 
-def test_a_lost_gpu_takes_no_more_jobs(start, server, tmp_path):
-    """A CUDA error that ends the process's use of the GPU is answered with refresh; no job is asked for after it."""
+@pytest.mark.parametrize("how", ["fatal", "escape"])
+def test_a_lost_gpu_takes_no_more_jobs(start, server, tmp_path, how):
+    """A CUDA error that ends the process's use of the GPU, or a failure that no job catches, is answered with refresh;
+    no job is asked for after it."""
     worker = start(BREAKABLE).ready()
-    (tmp_path / "break").write_text("fatal")
+    (tmp_path / "break").write_text(how)
     jobs = [server.submit(SHORT) for _ in range(6)]
     lost = server.result(jobs[0])
     assert lost["output"] == {"code": "GENERATION_FAILED"} and lost["stopPod"] is True
