@@ -3810,11 +3810,10 @@ def free_memory(engine: Engine) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # queue
 
-POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
+POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a job-take, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit
 POLL_PAUSES_S, POLL_PAUSE_S = {204: 0.1, 400: 0.1, 429: 5.0}, 1.0
 POLL_WARNING_S = 60  # between two warnings of one kind about polls
-LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
 PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
@@ -3855,8 +3854,7 @@ def warm_up() -> int:
 
 
 def import_sdk() -> None:
-    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, which takes 1.2 s of a
-    core, for a debug output of its own."""
+    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, 1.2 s of a core."""
     importlib.import_module("cpuinfo").get_cpu_info = dict  # without a name in it
     importlib.import_module("runpod")
 
@@ -3877,8 +3875,8 @@ def load_sdk(state: str) -> Any:
 async def keep_heartbeat(state: str) -> None:
     """Runs send_heartbeats in a process of its own, and starts it again whenever it ends.
 
-    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. Only the main thread may
-    start it: PR_SET_PDEATHSIG counts the life of the thread that did.
+    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. To be called in the main
+    thread: PR_SET_PDEATHSIG ends it with the thread that started it.
     """
     needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
     code = "import sys; sys.path.insert(0, sys.argv[1]); import handler; handler.send_heartbeats(*sys.argv[2:])"
@@ -3893,8 +3891,8 @@ async def keep_heartbeat(state: str) -> None:
 
 
 def send_heartbeats(state: str, worker: str) -> None:
-    """The heartbeat's process: the SDK's pings with the ids kept in `state`, until the process `worker` ends; left
-    to itself, one pings a dead worker's job for ever."""
+    """The heartbeat's process: the SDK's pings with the ids kept in `state`. It ends with the process `worker`; left to
+    itself, it would ping a dead worker's job for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -3909,7 +3907,7 @@ class JobLoop:
     worker could have had when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
     without "input", and gives an answer up at the first reset. Its HTTP session, addresses and heartbeat stay in use.
 
-    run answers a job in a thread; warming's result is how many jobs may be held, from taking one to its answer's post.
+    run answers a job in a thread; warming gives how many jobs may be held, from taking one to its answer's post.
     """
 
     def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], warming: Future) -> None:
@@ -3949,12 +3947,12 @@ class JobLoop:
     async def may_ask(self) -> bool:
         """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
         the GPU here that a free worker could start."""
-        while not self.stopping and (
-            len(self.held) >= self.limit or any(job.awaits_turn for job in self.held.values())
-        ):
+        while not self.stopping:
+            if len(self.held) < self.limit and not any(job.awaits_turn for job in self.held.values()):
+                return True
             self.changed.clear()
             await self.changed.wait()
-        return not self.stopping
+        return False
 
     async def take_job(self) -> dict[str, Any] | None:
         """One long poll; None, after a pause, where it brought no job."""
@@ -3988,17 +3986,13 @@ class JobLoop:
         if not self.warming.done():
             os._exit(0)  # the thread that loads the models cannot be stopped
         log.info("asked to stop with %d jobs held", len(self.held))
-        self.stop()
+        self.stopping = True
+        self.changed.set()
         await asyncio.sleep(LAST_POLL_S)
         while self.held:
             await asyncio.wait(self.held)
         if self.poll:
             self.poll.cancel()
-
-    def stop(self) -> None:
-        """Asks for nothing new."""
-        self.stopping = True
-        self.changed.set()
 
 
 class HeldJob(Observer):
@@ -4019,10 +4013,10 @@ class HeldJob(Observer):
             log.exception("job %s: could not be begun", self.id)
             failure = GenerationFailed("the worker could not begin with the job: send it again")
             body, refresh = result_body(failure_answer(failure)), False
-        self.begun()
         if refresh:
-            self.jobs.stop()
+            self.jobs.stopping = True
             self.jobs.poll.cancel()
+        self.begun()
         if self.update:  # one that arrived after the result would leave the job IN_PROGRESS for good
             await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
             self.update.cancel()  # closes its connection
@@ -4070,8 +4064,7 @@ class HeldJob(Observer):
                 return True
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status = getattr(error, "status", None)  # None where there was no answer
-                reason = f"HTTP {status}" if status else type(error).__name__
-                log.warning("job %s: posting its answer: %s", self.id, reason)
+                log.warning("job %s: posting its answer: %s %s", self.id, type(error).__name__, status or "")
             lasting = status and status < 500 and status not in (408, 429)
             if lasting or self.jobs.loop.time() > deadline:
                 return False
@@ -4082,9 +4075,8 @@ class HeldJob(Observer):
         """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError, TimeoutError or OSError."""
         address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", self.id) + "&isStream=false"
         headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": self.id}
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        data = io.BytesIO(body)
-        async with self.jobs.session.post(address, data=data, headers=headers, timeout=timeout, raise_for_status=True):
+        options = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=timeout_s), "raise_for_status": True}
+        async with self.jobs.session.post(address, data=io.BytesIO(body), **options):
             pass
 
 
@@ -4142,9 +4134,11 @@ def main() -> None:
         # in a thread: the server would answer nobody else while a plain function runs
         runpod.serverless.start({"handler": lambda job: asyncio.to_thread(handler, job)})
         return
-    job = read_job(options.test_input, rest)
-    if not options.test_input:
-        sys.argv[1:] = ["--test_input", job, *[option for option in sys.argv[1:] if option not in rest]]
+    sys.argv[1:] = [
+        *(option for option in sys.argv[1:] if option not in rest),
+        "--test_input",
+        read_job(options.test_input, rest),
+    ]
     runpod.serverless.start({"handler": run_and_save})
 
 

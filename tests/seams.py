@@ -16,7 +16,7 @@ import handler
 def serve_with(run: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
     """The worker of RunPod's queue with another job function and no models: what is measured is the queue alone."""
     handler.configure_logging()
-    handler.run_job, handler.warm_up = run, lambda: 2
+    handler.run_job, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
     handler.serve_queue()
 
 
@@ -32,12 +32,11 @@ def change_pipeline(change: Callable[[Any], None]) -> None:
     handler.build_pipeline = build_changed
 
 
-def change_answers(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Has every answer changed before it is posted: none of the worker's own is unfit for JSON."""
-    run = handler.run_job
-    handler.run_job = lambda job, observer: change(run(job, observer))
+def import_sdk() -> None:
+    """Imports runpod as the worker does."""
+    handler.import_sdk()
 
 
 def scheduler_names() -> list[str]:
     """All samplers that a job may ask for."""
-    return list(handler.SCHEDULERS)
+    return list(dict.fromkeys([*handler.SAMPLERS, *handler.DIFFUSERS_SAMPLERS]))
