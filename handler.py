@@ -3860,10 +3860,8 @@ def import_sdk() -> None:
 
 
 def load_sdk(state: str) -> Any:
-    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`.
-
-    SDK 1.7.13 keeps them in the working directory: a worker killed there waits for its dead jobs for ever.
-    """
+    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`. SDK 1.7.13 keeps them
+    in the working directory: a worker killed there waits for its dead jobs for ever."""
     import_sdk()
     modules = runpod.serverless.modules
     in_progress = modules.worker_state.JobsProgress
@@ -3901,13 +3899,12 @@ def send_heartbeats(state: str, worker: str) -> None:
 
 
 class JobLoop:
-    """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own.
+    """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own. run answers a job in a
+    thread; warming gives how many jobs may be held, from taking one to its answer's post.
 
     The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once that a free
     worker could have had when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
     without "input", and gives an answer up at the first reset. Its HTTP session, addresses and heartbeat stay in use.
-
-    run answers a job in a thread; warming gives how many jobs may be held, from taking one to its answer's post.
     """
 
     def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], warming: Future) -> None:
@@ -4104,10 +4101,8 @@ def run_to_body(run: Callable[..., dict[str, Any]], job: dict[str, Any], observe
 
 
 def result_body(answer: Mapping[str, Any]) -> bytes:
-    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}.
-
-    Raises what json.dumps does for an answer that strict JSON cannot carry.
-    """
+    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. Raises
+    what json.dumps does for an answer that strict JSON cannot carry."""
     result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
     if answer.get("error"):
         result["error"] = answer["error"]
@@ -4134,11 +4129,8 @@ def main() -> None:
         # in a thread: the server would answer nobody else while a plain function runs
         runpod.serverless.start({"handler": lambda job: asyncio.to_thread(handler, job)})
         return
-    sys.argv[1:] = [
-        *(option for option in sys.argv[1:] if option not in rest),
-        "--test_input",
-        read_job(options.test_input, rest),
-    ]
+    job = read_job(options.test_input, rest)
+    sys.argv[1:] = ["--test_input", job, *(option for option in sys.argv[1:] if option not in rest)]
     runpod.serverless.start({"handler": run_and_save})
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from runpod_server import KEY, ROOT, RunPodServer, Worker
 from soak import OUT_OF_MEMORY_WIDTH, soak
-from world import API_KEY
 
 sys.path.append(str(Path(__file__).with_name("benchmarks")))
 from idle_gpu import measure
@@ -385,6 +384,8 @@ def test_a_lost_gpu_takes_no_more_jobs(request, server, tmp_path, how):
 
 def test_canaries(shared):
     """Keys, bucket secrets and prompts are in no log line, update, answer or file, with every log line switched on."""
+    from world import API_KEY
+
     server, worker, folder = shared
     config = {"accessId": "a", "accessSecret": SECRET, "bucketName": "b", "endpointUrl": "http://127.0.0.1:9"}
     job_id = server.submit({**LONG, "prompt": PROMPT}, s3Config=config)
