@@ -4,6 +4,7 @@
 
 The file "break" in the working directory says what goes wrong:
 
+    hold       no job ends
     unlisted   the SDK cannot note down the job that was taken
     escape     the job raises
     object, nan, deep, cycle    the answer is nothing that JSON can carry
@@ -39,6 +40,8 @@ def run(job: dict[str, Any], observer: Any) -> dict[str, Any]:
         for step in range(1, steps + 1):
             time.sleep(STEP_S)
             observer.step(step, steps)
+        while breakage() == "hold":
+            time.sleep(STEP_S)
     if breakage() == "escape":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return {"images": [UNFIT.get(breakage(), "A")], "seed": 1}

@@ -79,6 +79,7 @@ def light(tmp_path_factory):
     """The same without models."""
     folder = tmp_path_factory.mktemp("light")
     with RunPodServer() as server, Worker(server, folder, {}, LIGHT) as worker:
+        server.wait_for(lambda: server.pings)
         yield server, worker.ready(), folder
     assert_clean(server)
 
@@ -197,12 +198,15 @@ def test_a_failing_queue_is_asked_again(light):
 # progress, heartbeat, jobs in flight
 
 
-def test_progress_and_heartbeat(light):
+def test_progress_and_heartbeat(light, breaks):
     """Updates name step, steps and percent, at most one a second, each answered before the result is sent; the
     heartbeat names the job while it is held, and no longer."""
     server = light[0]
+    breaks("hold")
     job = server.jobs[server.submit({**SHORT, "steps": 120})]
     server.wait_for(lambda: any(ping.ids == [job.id] for ping in server.pings))
+    server.wait_for(lambda: len(job.progress) > 1)
+    breaks("")
     server.result(job.id)
     updates = [post.payload["output"] for post in job.progress]
     assert updates[0] == {"step": 1, "steps": 120, "percent": 1} and len(updates) > 1
@@ -223,13 +227,16 @@ def kill_heartbeat(server: RunPodServer, worker: Worker) -> int:
     return len(server.pings)
 
 
-def test_a_killed_heartbeat_comes_back(light):
+def test_a_killed_heartbeat_comes_back(light, breaks):
     """A heartbeat that is killed is logged, buried and followed by another, which names the job that is held now, and
     none that was answered."""
     server, worker, _ = light
+    breaks("hold")
+    job_id = server.submit(SHORT)
+    server.wait_for(lambda: server.jobs[job_id].taken)
     pings = kill_heartbeat(server, worker)
-    job_id = server.submit({**SHORT, "steps": 150})
     server.wait_for(lambda: any(ping.ids == [job_id] for ping in server.pings[pings:]))
+    breaks("")
     server.result(job_id)
     again = kill_heartbeat(server, worker)
     server.wait_for(lambda: len(server.pings) >= again + 2)
@@ -288,13 +295,14 @@ def test_killed_and_restarted(start_light, server, tmp_path):
     """After kill -9 in a job nobody pings that job, and a worker started in the same folder takes jobs again, one at a
     time with JOBS_IN_FLIGHT=1; idle, it exits with 0 within 5 s of SIGTERM."""
     first = start_light().ready()
-    dead = server.submit({**SHORT, "steps": 150})
+    (tmp_path / "break").write_text("hold")
+    dead = server.submit(SHORT)
     server.wait_for(lambda: any(ping.ids == [dead] for ping in server.pings))
     first.process.kill()
     first.wait(5)
     server.wait_for(lambda: not family(first), 2)
-    pings = len(server.pings)
-    polls = len(server.polls)
+    pings, polls = len(server.pings), len(server.polls)
+    (tmp_path / "break").unlink()
     second = start_light(JOBS_IN_FLIGHT="1")
     server.wait_for(lambda: len(server.polls) > polls)
     jobs = [server.jobs[server.submit(SHORT)] for _ in range(2)]
