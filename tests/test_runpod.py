@@ -140,6 +140,7 @@ def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
 def test_polls_that_bring_no_job(light):
     """After an answer of 200 without a job the queue is asked again in a second, and the log says so once a minute."""
     server, worker, _ = light
+    server.wait_for(server.open_polls)
     first = len(server.polls) - 1
     for nothing in ([1], {"input": SHORT}, b"{", b"[" * 100_000):
         server.submit_raw(nothing)
