@@ -105,6 +105,7 @@ def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer
     ]
     try:
         server.wait_for(lambda: len({poll.pod for poll in server.open_polls()}) == len(notes))
+        server.wait_for(lambda: len({ping.pod for ping in server.pings}) == len(notes))  # the heartbeats' start is over
         ids = [server.submit({"n": n}) for n in range(options.jobs)]
         for job_id in ids:
             server.result(job_id, timeout=600)
