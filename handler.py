@@ -3868,15 +3868,16 @@ def free_memory(engine: Engine) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# entry
+# queue
 
-POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
+POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a job-take, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit
 POLL_PAUSES_S, POLL_PAUSE_S = {204: 0.1, 400: 0.1, 429: 5.0}, 1.0
-LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
+POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
 PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
+HEARTBEAT_PAUSE_S = 1  # before a heartbeat that ended is started again
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -3884,45 +3885,43 @@ def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
     with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
-        start_heartbeat(state)
-        loop = JobLoop(run_job, in_background(set_up))
-        take_over(load_sdk(state), loop)
+        jobs = JobLoop(run_job, in_background(warm_up))
+        sdk = load_sdk(state)
+        # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
+        sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve(state))
+        sdk.rp_ping.Heartbeat._process_started = True  # JobLoop keeps one
         runpod.serverless.start({"handler": handler})
     sys.stdout.flush()
     os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
 
 
-def start_heartbeat(state: str) -> None:
-    """The SDK's heartbeat in a process that ends with this one, forked while there are no threads, models or CUDA.
-
-    SDK 1.7.13 forks it after the models were loaded, and it outlives a kill -9, pinging the dead job's id for ever.
-    """
-    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
-    worker = os.getpid()
-    if not all(map(os.environ.get, needed)) or os.fork():
-        return
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == worker:
-            load_sdk(state).rp_ping.Heartbeat().ping_loop()
-    finally:
-        os._exit(1)
+def warm_up() -> int:
+    """Loads the models and draws a first image, or raises WorkerError; returns how many jobs the worker may hold."""
+    settings = Settings.from_environ()
+    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
+    files += [settings.lora_dir / config["filename"] for config in settings.loras]
+    with as_setup_failure("the model store cannot be written to: check MODEL_CACHE_DIR"):
+        for folder in {file.parent for file in files if not file.is_file()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    engine = WORKER.engine()
+    with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
+        side = 1024 if torch.cuda.is_available() else 256
+        request = JobRequest.parse({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
+        images, _ = generate(engine, request, Timings(), Observer())
+    encode_images(images, [""], request.image_format)
+    return settings.jobs_in_flight
 
 
 def import_sdk() -> None:
-    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, which takes 1.2 s of a
-    core, for a debug output of its own."""
+    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, 1.2 s of a core."""
     importlib.import_module("cpuinfo").get_cpu_info = dict  # without a name in it
     importlib.import_module("runpod")
 
 
 def load_sdk(state: str) -> Any:
-    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`.
-
-    SDK 1.7.13 keeps them in the working directory: a worker killed there waits for its dead jobs for ever.
-    """
+    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`. SDK 1.7.13 keeps them
+    in the working directory: a worker killed there waits for its dead jobs for ever."""
     import_sdk()
     modules = runpod.serverless.modules
     in_progress = modules.worker_state.JobsProgress
@@ -3931,230 +3930,167 @@ def load_sdk(state: str) -> Any:
     return modules
 
 
-def take_over(sdk: Any, loop: JobLoop) -> None:
-    """Makes the SDK's start() run our loop, without a second heartbeat."""
+async def keep_heartbeat(state: str) -> None:
+    """Runs send_heartbeats in a process of its own, and starts it again whenever it ends.
 
-    class Scaler(sdk.rp_scale.JobScaler):
-        def start(self) -> None:
-            """Instead of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop."""
-            asyncio.run(loop.serve())
-
-    sdk.rp_scale.JobScaler = Scaler
-    sdk.rp_ping.Heartbeat._process_started = True
-
-
-def set_up() -> int:
-    """Makes the worker ready, or raises WorkerError; returns how many jobs it may hold."""
-    settings = Settings.from_environ()
-    check_store(settings)
-    engine = WORKER.engine()
-    with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
-        side = 1024 if torch.cuda.is_available() else 256
-        warm_up = {"prompt": "warm-up", "seed": 0, "steps": 2, "width": side, "height": side}
-        request = JobRequest.parse(warm_up, settings)
-        images, _ = generate(engine, request, Timings(), Observer())
-    encode_images(images, [""], request.image_format)
-    return settings.jobs_in_flight
-
-
-def check_store(settings: Settings) -> None:
-    """Raises SetupFailed where a model file is missing and its folder cannot be written to; the downloads see to the
-    free space, once they know a file's size."""
-    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
-    files += [settings.lora_dir / config["filename"] for config in settings.loras]
-    for folder in {file.parent for file in files if not file.is_file()}:
+    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. To be called in the main
+    thread: PR_SET_PDEATHSIG ends it with the thread that started it.
+    """
+    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import handler; handler.send_heartbeats(*sys.argv[2:])"
+    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), state, str(os.getpid())]
+    while all(map(os.environ.get, needed)):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            process = await asyncio.create_subprocess_exec(*command)
+            log.error("the heartbeat ended with status %d; it is started again", await process.wait())
         except OSError as error:
-            raise SetupFailed("the model store cannot be written to: check MODEL_CACHE_DIR", detail=error) from error
+            log.error("the heartbeat cannot be started: %s", error.strerror)
+        await asyncio.sleep(HEARTBEAT_PAUSE_S)
 
 
-# the job loop
+def send_heartbeats(state: str, worker: str) -> None:
+    """The heartbeat's process: the SDK's pings with the ids kept in `state`. It ends with the process `worker`; left to
+    itself, it would ping a dead worker's job for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == int(worker):
+        load_sdk(state).rp_ping.Heartbeat().ping_loop()
 
 
 class JobLoop:
-    """Takes jobs from RunPod's queue, runs each in a thread and posts its answer, beside the next one.
+    """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own. run answers a job in a
+    thread; warming gives how many jobs may be held, from taking one to its answer's post.
 
-    The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once from under a
-    free worker's nose when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
+    The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once that a free
+    worker could have had when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
     without "input", and gives an answer up at the first reset. Its HTTP session, addresses and heartbeat stay in use.
-
-    run answers a job in a thread; set_up's result is how many jobs may be held, from taking one to its answer's post.
     """
 
-    def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], set_up: Future) -> None:
-        self.run, self.set_up, self.limit = run, set_up, 1
-        self.held: set[asyncio.Task] = set()
-        self.waiting: set[str] = set()  # the ids of jobs whose denoising is still to come
-        self.changed = asyncio.Event()
+    def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], warming: Future) -> None:
+        self.run, self.warming, self.limit = run, warming, 1
+        self.held: dict[asyncio.Task, HeldJob] = {}
+        self.changed = asyncio.Event()  # one more job might be asked for, or none any more
         self.stopping = False
         self.poll: asyncio.Task | None = None
+        self.next_warning: dict[str, float] = {}
 
-    async def serve(self) -> None:
+    async def serve(self, state: str) -> None:
         """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
         self.loop = asyncio.get_running_loop()
+        self.in_progress = runpod.serverless.modules.worker_state.JobsProgress()
+        self.heartbeat = self.loop.create_task(keep_heartbeat(state))
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self.on_signal)
-        await self.be_ready()
+            self.loop.add_signal_handler(number, lambda: self.loop.create_task(self.on_signal()))
+        try:
+            self.limit = await asyncio.wrap_future(self.warming)
+        except Exception as error:  # jobs are told the reason, instead of waiting for their time-out of up to 24 h
+            foreseen = isinstance(error, WorkerError)
+            log.error("the start failed: %s%s", error, error.detail if foreseen else "", exc_info=not foreseen)
+            reason = str(error) if foreseen else "the worker could not be made ready; its log says more"
+            self.run = lambda *_: failure_answer(SetupFailed(reason))
         async with runpod.http_client.AsyncClientSession() as self.session:
             while await self.may_ask():
                 self.poll = self.loop.create_task(self.take_job())
                 await asyncio.wait([self.poll])
-                if not self.poll.cancelled() and (job := self.poll.result()):
-                    self.hold(job)
-            await asyncio.gather(*self.held)
+                if not self.poll.cancelled() and (taken := self.poll.result()):
+                    job = HeldJob(self, taken)
+                    task = self.loop.create_task(job.serve())
+                    self.held[task] = job
+                    task.add_done_callback(self.let_go)
+            while self.held:
+                await asyncio.wait(self.held)
 
-    async def be_ready(self) -> None:
-        """Waits for set_up. Where it failed, jobs are answered with the reason instead of waiting for their time-out
-        of up to 24 h."""
+    async def may_ask(self) -> bool:
+        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
+        the GPU here that a free worker could start."""
+        while not self.stopping:
+            if len(self.held) < self.limit and not any(job.awaits_turn for job in self.held.values()):
+                return True
+            self.changed.clear()
+            await self.changed.wait()
+        return False
+
+    async def take_job(self) -> dict[str, Any] | None:
+        """One long poll; None, after a pause, where it brought no job."""
+        pause, timeout = POLL_PAUSE_S, aiohttp.ClientTimeout(total=POLL_S)
         try:
-            self.limit = await asyncio.wrap_future(self.set_up)
-            return
-        except WorkerError as error:
-            failure = error
-        except Exception as error:
-            log.exception("unexpected failure of the start")
-            failure = SetupFailed("the worker could not be made ready; its log says more", detail=error)
-        log.error("the start failed: %s%s", failure, failure.detail)
-        answer = failure_answer(SetupFailed(str(failure)))
-        self.run = lambda *_: dict(answer)
+            address = runpod.serverless.modules.rp_job._job_get_url()
+            async with self.session.get(address, timeout=timeout) as response:
+                if response.status == 200 and (job := parse_job(await response.read())):
+                    return job
+                trouble = "" if response.status in (204, 400) else f"HTTP {response.status} without a job"
+                pause = POLL_PAUSES_S.get(response.status, pause)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            trouble = type(error).__name__
+        if trouble and self.loop.time() >= self.next_warning.get(trouble, 0):
+            self.next_warning[trouble] = self.loop.time() + POLL_WARNING_S
+            log.warning("asking for a job: %s", trouble)
+        await asyncio.sleep(pause)
+        return None
 
-    def on_signal(self) -> None:
+    def let_go(self, task: asyncio.Task) -> None:
+        """A job's task has ended; the next job may be asked for, whatever ended it."""
+        job = self.held.pop(task)
+        self.changed.set()
+        self.in_progress.remove(job.id)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job %s: stays unanswered", job.id, exc_info=error)
+
+    async def on_signal(self) -> None:
         """SIGTERM: nothing new is asked for, and a job that the open poll still brings is run. The poll stays open for
-        a moment, and while a job runs."""
-        if not self.set_up.done():
+        a moment, and while a job runs; then RunPod gives its job to another worker."""
+        if not self.warming.done():
             os._exit(0)  # the thread that loads the models cannot be stopped
         log.info("asked to stop with %d jobs held", len(self.held))
-        self.stop()
-        self.last_poll = self.loop.create_task(self.close_last_poll())
-
-    def stop(self) -> None:
-        """Asks for nothing new."""
         self.stopping = True
         self.changed.set()
-
-    async def close_last_poll(self) -> None:
-        """Hangs up; RunPod gives the poll's job to another worker."""
         await asyncio.sleep(LAST_POLL_S)
         while self.held:
             await asyncio.wait(self.held)
         if self.poll:
             self.poll.cancel()
 
-    async def may_ask(self) -> bool:
-        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
-        the GPU here that a free worker could start."""
-        while not self.stopping and (self.waiting or len(self.held) >= self.limit):
-            self.changed.clear()
-            await self.changed.wait()
-        return not self.stopping
 
-    async def take_job(self) -> dict[str, Any] | None:
-        """One long poll; None where it brought no job."""
-        pause = POLL_PAUSE_S
-        address, timeout = runpod.serverless.modules.rp_job._job_get_url(), aiohttp.ClientTimeout(total=POLL_S)
+class HeldJob(Observer):
+    """One job, from the queue to its answer; reports its denoising to RunPod, at most once a second."""
+
+    def __init__(self, jobs: JobLoop, job: dict[str, Any]) -> None:
+        self.jobs, self.job, self.id = jobs, job, job["id"]
+        self.awaits_turn = True  # its denoising is still to come
+        self.update: asyncio.Task | None = None  # the last progress update
+        self.next_update = 0.0
+
+    async def serve(self) -> None:
+        """Runs the job in a thread and posts its answer."""
         try:
-            async with self.session.get(address, timeout=timeout) as response:
-                if response.status == 200:
-                    return parse_job(await response.read())
-                if response.status not in (204, 400):
-                    log.warning("asking for a job: HTTP %d", response.status)
-                pause = POLL_PAUSES_S.get(response.status, pause)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("asking for a job: %s", type(error).__name__)
-        await asyncio.sleep(pause)
-        return None
-
-    def hold(self, job: dict[str, Any]) -> None:
-        """Begins with a job, in a task of its own."""
-        self.waiting.add(job["id"])
-        task = self.loop.create_task(self.serve_job(job))
-        self.held.add(task)
-        task.add_done_callback(self.held.discard)
-        task.add_done_callback(lambda _: self.changed.set())
-
-    def begun(self, job_id: str) -> None:
-        """A job has its turn on the GPU, or will never need it."""
-        self.waiting.discard(job_id)
-        self.changed.set()
-
-    async def serve_job(self, job: dict[str, Any]) -> None:
-        """One job, from the queue to its answer."""
-        job_id = job["id"]
-        in_progress = runpod.serverless.modules.worker_state.JobsProgress()
-        in_progress.add(job_id)  # the id alone: the SDK would write the whole job to the disk, s3Config's key included
-        progress = Progress(self, job_id)
-        body, refresh = await asyncio.to_thread(self.run_to_body, job, progress)
-        self.begun(job_id)
+            self.jobs.in_progress.add(self.id)  # the SDK would write a whole job to the disk, s3Config's key included
+            body, refresh = await asyncio.to_thread(run_to_body, self.jobs.run, self.job, self)
+        except Exception:  # no thread or no disk to be had; unanswered, the job would wait for its time-out
+            log.exception("job %s: could not be begun", self.id)
+            failure = GenerationFailed("the worker could not begin with the job: send it again")
+            body, refresh = result_body(failure_answer(failure)), False
         if refresh:
-            self.stop()
-            self.poll.cancel()
-        await progress.close()
-        await self.post_answer(job_id, body)
-        in_progress.remove(job_id)
-
-    def run_to_body(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
-        """The job's answer as it is posted, and whether the worker must be replaced."""
-        try:
-            answer = self.run(job, progress)
-        except Exception as error:  # unanswered, the job would wait for its time-out
-            log.exception("job %s: unexpected failure", job["id"])
-            answer = failure_answer(
-                GpuLost("the worker failed and is being replaced: send the job again", detail=error)
-            )
-        try:
-            return result_body(answer), bool(answer.get("refresh_worker"))
-        except (TypeError, ValueError, RecursionError):
-            log.exception("job %s: the answer is no JSON", job["id"])
-            return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
-
-    async def post_answer(self, job_id: str, body: bytes) -> None:
-        """Posts the answer; where RunPod will not have it, a short one, since clients would see a job COMPLETED
-        without output."""
+            self.jobs.stopping = True
+            self.jobs.poll.cancel()
+        self.begun()
+        if self.update:  # one that arrived after the result would leave the job IN_PROGRESS for good
+            await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
+            self.update.cancel()  # closes its connection
+            await asyncio.wait([self.update])
+        # where RunPod will not have the answer, a short one: clients would see a job COMPLETED without output
         refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
-        if not await self.is_accepted(job_id, body) and not await self.is_accepted(job_id, result_body(refused)):
-            log.error("job %s: stays unanswered", job_id)
+        if not await self.is_accepted(body) and not await self.is_accepted(result_body(refused)):
+            log.error("job %s: stays unanswered", self.id)
 
-    async def is_accepted(self, job_id: str, body: bytes) -> bool:
-        """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
-        deadline, pause = self.loop.time() + ANSWER_RETRY_S, FIRST_PAUSE_S
-        while True:
-            try:
-                await self.post(job_id, body, ANSWER_TRY_S)
-                return True
-            except (aiohttp.ClientError, TimeoutError) as error:
-                status = getattr(error, "status", None)  # None where there was no answer
-                reason = f"HTTP {status}" if status else type(error).__name__
-                log.warning("job %s: posting its answer: %s", job_id, reason)
-            lasting = status and status < 500 and status not in (408, 429)
-            if lasting or self.loop.time() > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_S)
-
-    async def post(self, job_id: str, body: bytes, timeout_s: float) -> None:
-        """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError or TimeoutError."""
-        address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
-        headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id}
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        data = io.BytesIO(body)
-        async with self.session.post(address, data=data, headers=headers, timeout=timeout, raise_for_status=True):
-            pass
-
-
-class Progress(Observer):
-    """Reports one job's denoising to RunPod, at most once a second, and none after close()."""
-
-    def __init__(self, jobs: JobLoop, job_id: str) -> None:
-        self.jobs, self.job_id = jobs, job_id
-        self.update: asyncio.Task | None = None
-        self.next_at = 0.0
+    def begun(self) -> None:
+        """The job has its turn on the GPU, or will never need it: the next one may be asked for."""
+        self.awaits_turn = False
+        self.jobs.changed.set()
 
     def denoising(self) -> None:
-        """In the job's thread: the next job may be asked for."""
-        self.jobs.loop.call_soon_threadsafe(self.jobs.begun, self.job_id)
+        """In the job's thread."""
+        self.jobs.loop.call_soon_threadsafe(self.begun)
 
     def step(self, step: int, steps: int) -> None:
         """In the job's thread."""
@@ -4162,26 +4098,43 @@ class Progress(Observer):
 
     def report(self, step: int, steps: int) -> None:
         """Sends an update, unless one is under way or was answered less than a second ago."""
-        if self.jobs.loop.time() >= self.next_at:
-            self.next_at = math.inf
-            self.update = self.jobs.loop.create_task(self.send(step, steps))
+        if self.jobs.loop.time() >= self.next_update:
+            self.next_update = math.inf
+            self.update = self.jobs.loop.create_task(self.send_update(step, steps))
 
-    async def send(self, step: int, steps: int) -> None:
-        """One update; one that gets lost is no harm."""
+    async def send_update(self, step: int, steps: int) -> None:
+        """One progress update; one that gets lost is no harm."""
         output = {"step": step, "steps": steps, "percent": round(100 * step / steps)}
         body = json.dumps({"status": "IN_PROGRESS", "output": output}).encode()
         try:
-            await self.jobs.post(self.job_id, body, PROGRESS_TRY_S)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.info("job %s: a progress update was lost: %s", self.job_id, type(error).__name__)
-        self.next_at = self.jobs.loop.time() + PROGRESS_S
+            await self.post(body, PROGRESS_TRY_S)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("job %s: a progress update was lost: %s", self.id, type(error).__name__)
+        self.next_update = self.jobs.loop.time() + PROGRESS_S
 
-    async def close(self) -> None:
-        """Ends the update under way: one that arrived after the result would leave the job IN_PROGRESS for good."""
-        if self.update:
-            await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
-            self.update.cancel()  # closes its connection
-            await asyncio.wait([self.update])
+    async def is_accepted(self, body: bytes) -> bool:
+        """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
+        deadline, pause = self.jobs.loop.time() + ANSWER_RETRY_S, FIRST_PAUSE_S
+        while True:
+            try:
+                await self.post(body, ANSWER_TRY_S)
+                return True
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                status = getattr(error, "status", None)  # None where there was no answer
+                log.warning("job %s: posting its answer: %s %s", self.id, type(error).__name__, status or "")
+            lasting = status and status < 500 and status not in (408, 429)
+            if lasting or self.jobs.loop.time() > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+    async def post(self, body: bytes, timeout_s: float) -> None:
+        """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError, TimeoutError or OSError."""
+        address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", self.id) + "&isStream=false"
+        headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": self.id}
+        options = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=timeout_s), "raise_for_status": True}
+        async with self.jobs.session.post(address, data=io.BytesIO(body), **options):
+            pass
 
 
 def parse_job(body: bytes) -> dict[str, Any] | None:
@@ -4189,20 +4142,28 @@ def parse_job(body: bytes) -> dict[str, Any] | None:
     try:
         job = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
     except (ValueError, RecursionError):
-        job = None
-    if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]:
-        return job
-    log.error("the queue sent %d bytes that are no job", len(body))
-    return None
+        return None
+    return job if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"] else None
+
+
+def run_to_body(run: Callable[..., dict[str, Any]], job: dict[str, Any], observer: Observer) -> tuple[bytes, bool]:
+    """The job's answer as it is posted, and whether the worker must be replaced."""
+    try:
+        answer = run(job, observer)
+    except Exception as error:  # unanswered, the job would wait for its time-out
+        log.exception("job %s: unexpected failure", job["id"])
+        answer = failure_answer(GpuLost("the worker failed and is being replaced: send the job again", detail=error))
+    try:
+        return result_body(answer), bool(answer.get("refresh_worker"))
+    except (TypeError, ValueError, RecursionError):
+        log.exception("job %s: the answer is no JSON", job["id"])
+        return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
 
 
 def result_body(answer: Mapping[str, Any]) -> bytes:
-    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}.
-
-    Raises what json.dumps does for an answer that strict JSON cannot carry.
-    """
-    output = {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}
-    result = {"output": output}
+    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. Raises
+    what json.dumps does for an answer that strict JSON cannot carry."""
+    result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
     if answer.get("error"):
         result["error"] = answer["error"]
     if answer.get("refresh_worker"):
@@ -4210,7 +4171,8 @@ def result_body(answer: Mapping[str, Any]) -> bytes:
     return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
 
-# the command line
+# ---------------------------------------------------------------------------------------------------------------------
+# entry
 
 
 def main() -> None:
@@ -4224,12 +4186,11 @@ def main() -> None:
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
         in_background(WORKER.engine)  # the first request waits for it, and is told where it failed
-        runpod.serverless.start({"handler": handler_in_thread})
+        # in a thread: the server would answer nobody else while a plain function runs
+        runpod.serverless.start({"handler": lambda job: asyncio.to_thread(handler, job)})
         return
-    if not options.test_input:
-        sys.argv[1:] = ["--test_input", read_job_file(rest), *[option for option in sys.argv[1:] if option not in rest]]
-    elif problem := job_problem(options.test_input):
-        sys.exit(f"--test_input {problem}")
+    job = read_job(options.test_input, rest)
+    sys.argv[1:] = ["--test_input", job, *(option for option in sys.argv[1:] if option not in rest)]
     runpod.serverless.start({"handler": run_and_save})
 
 
@@ -4242,57 +4203,46 @@ def configure_logging() -> None:
     log.propagate = False  # importing runpod sets the root logger up a second time
 
 
-async def handler_in_thread(job: dict[str, Any]) -> dict[str, Any]:
-    """handler for the SDK's HTTP server, which would answer nobody else while a plain function runs."""
-    return await asyncio.to_thread(handler, job)
-
-
-def read_job_file(arguments: list[str]) -> str:
-    """The text of the job file named on the command line, or of test_input.json here or beside handler.py."""
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        sys.exit(f"usage: python handler.py [job.json] [the SDK's options]; cannot make sense of {arguments}")
-    default = Path("test_input.json")
-    file = Path(arguments[0]) if arguments else default if default.is_file() else Path(__file__).with_name(default.name)
-    try:
-        job = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{file} cannot be read: {error}")
-    if problem := job_problem(job):
-        sys.exit(f"{file} {problem}")
-    return job
-
-
-def job_problem(job: str) -> str:
-    """What keeps a text from being a job, "" where nothing does; the SDK would end with a traceback."""
+def read_job(test_input: str | None, arguments: list[str]) -> str:
+    """The text of the job: of --test_input, of the file named on the command line, or of test_input.json here or beside
+    handler.py. What is no job ends the process with a sentence; the SDK would end it with a traceback."""
+    source, job = "--test_input", test_input or ""
+    if not test_input:
+        if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+            sys.exit(f"usage: python handler.py [job.json] [the SDK's options]; cannot make sense of {arguments}")
+        default = Path("test_input.json")
+        source = arguments[0] if arguments else default if default.is_file() else Path(__file__).with_name(default.name)
+        try:
+            job = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{source} cannot be read: {error}")
     try:
         parsed = json.loads(job)
     except ValueError as error:
-        return f"is not valid JSON: {error}"
-    return "" if isinstance(parsed, dict) and "input" in parsed else 'must hold {"input": {"prompt": "..."}}'
+        sys.exit(f"{source} is not valid JSON: {error}")
+    if not isinstance(parsed, dict) or "input" not in parsed:
+        sys.exit(f'{source} must hold {{"input": {{"prompt": "..."}}}}')
+    return job
 
 
 def run_and_save(job: dict[str, Any]) -> dict[str, Any]:
-    """handler for a local run: saves the images to OUTPUT_DIR, prints where and the metadata."""
+    """handler for a local run: saves the images to OUTPUT_DIR, named by time and seed, prints where and the metadata.
+    Addresses of uploaded images stay as they are."""
     answer = handler(job)
     if "error" in answer:
         return answer
-    saved = save_images(answer, Settings.from_environ().output_dir)
-    print(json.dumps(answer["metadata"], indent=2, ensure_ascii=False))
-    print("\n".join(saved))
-    return {"images": saved}
-
-
-def save_images(answer: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes the answer's images, named by time and seed; addresses of uploaded images come back as they are."""
+    folder, metadata, saved = Settings.from_environ().output_dir, answer["metadata"], []
     folder.mkdir(parents=True, exist_ok=True)
-    stamp, saved = time.strftime("%Y%m%d-%H%M%S"), []
-    for image, image_seed in zip(answer["images"], answer["metadata"]["seeds"], strict=True):
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for image, image_seed in zip(answer["images"], metadata["seeds"], strict=True):
         if not image.startswith(("http://", "https://")):
-            file = folder / f"{stamp}-{image_seed}.{answer['metadata']['image_format']}"
+            file = folder / f"{stamp}-{image_seed}.{metadata['image_format']}"
             file.write_bytes(base64.b64decode(image))
             image = str(file)
         saved.append(image)
-    return saved
+    print(json.dumps(metadata, indent=2, ensure_ascii=False))
+    print("\n".join(saved))
+    return {"images": saved}
 
 
 if __name__ == "__main__":
