@@ -90,9 +90,9 @@ def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[lis
 # --- jobs
 
 
-def parse(given: Any) -> handler.JobRequest:
+def parse(given: Any, settings: handler.Settings | None = None) -> handler.JobRequest:
     """A job's input as the worker reads it: a limit that is taken would cost the largest job to be seen from outside."""
-    return handler.JobRequest.parse(given, settings())
+    return handler.JobRequest.parse(given, settings or handler.Settings.from_environ())
 
 
 def refused() -> type[Exception]:
