@@ -16,7 +16,7 @@ import pytest
 import handler
 
 
-def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:  # noqa: A001 - read as seams.set
+def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
     """Other values of handler's constants for one test: seams.set(monkeypatch, NAME=value)."""
     for name, value in constants.items():
         monkeypatch.setattr(handler, name, value)
@@ -91,7 +91,7 @@ def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[lis
 
 
 def parse(given: Any, settings: handler.Settings | None = None) -> handler.JobRequest:
-    """A job's input as the worker reads it: a limit that is taken would cost the largest job to be seen from outside."""
+    """A job's input as the worker reads it: to see from outside that a limit is taken would cost the largest job."""
     return handler.JobRequest.parse(given, settings or handler.Settings.from_environ())
 
 

@@ -35,7 +35,22 @@ NUMBERS = (
 )
 TEXTS = (
     *("", " ", "a cat", "1024", "true", "null", "\0", "\ud800", "\udfff\ud800", "é" * 77, "猫" * 30, "🦦" * 40),
-    *("((((", "))))", "(a:9e999)", "(a:nan)", "(" * 99, "((a:99):99)", f"(a:{9**999})", "[", "\\(", "BREAK", "BREAK BREAK", "<lora:x:1>", "<lora:", "a" * 300),
+    *(
+        "((((",
+        "))))",
+        "(a:9e999)",
+        "(a:nan)",
+        "(" * 99,
+        "((a:99):99)",
+        f"(a:{9**999})",
+        "[",
+        "\\(",
+        "BREAK",
+        "BREAK BREAK",
+        "<lora:x:1>",
+        "<lora:",
+        "a" * 300,
+    ),
     *("<lora:detail_tweaker_xl:1e9>", "<|endoftext|>", "word, " * 400, "\u202ertl\u202c", "../../etc/passwd", "%s%n"),
     *("x" * 10_001, "DPM++ 2M Karras", "euler a", "blend", "concat", "truncate", "PNG", "jpeg", "webp"),
 )

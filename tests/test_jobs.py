@@ -170,7 +170,9 @@ def test_failures_are_answered(pipe, broken, error, code, refresh):
 
 def test_failure_frees_memory(pipe, monkeypatch):
     """After a failed job nothing holds its tensors any more."""
-    monkeypatch.setattr(logging.getLogger("worker"), "propagate", False)  # pytest keeps every log record, with its traceback
+    monkeypatch.setattr(
+        logging.getLogger("worker"), "propagate", False
+    )  # pytest keeps every log record, with its traceback
 
     class Probe(RuntimeError):
         pass
@@ -203,7 +205,7 @@ def test_black_and_nan_images(pipe):
 
 @pytest.fixture
 def half_vae(pipe):
-    """A VAE in float16, as on a GPU, whose weights make it overflow on every picture; yields what it draws in float32."""
+    """A VAE in float16 that overflows on every picture, as a GPU's may; yields what it draws in float32."""
     conv, dtype = pipe.vae.post_quant_conv, pipe.vae.dtype
     weight = conv.weight.detach().clone()
     with torch.no_grad():
@@ -250,7 +252,9 @@ def test_a_vae_that_does_not_fit_in_float32_stays_whole(pipe, half_vae):
         (diffusers.DiffusionPipeline, "to"),
     ],
 )
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), MemoryError()]
+)
 def test_models_that_do_not_fit_are_a_failed_setup(reload, monkeypatch, kind, name, error):
     """Out of memory while the models are read or moved to the GPU is SETUP_FAILED, and says what to choose instead."""
 

@@ -22,9 +22,7 @@ def test_table():
         "https://civitai.com/api/download/models/1590699?type=Model&format=SafeTensor&size=pruned&fp=fp16"
     )
     urls = [
-        re.fullmatch(
-            r"https://civitai\.com/api/download/models/(\d+)\?type=Model&format=SafeTensor", config["url"]
-        )
+        re.fullmatch(r"https://civitai\.com/api/download/models/(\d+)\?type=Model&format=SafeTensor", config["url"])
         for config in handler.LORA_CONFIGS
     ]
     rows = [(url[1], c["scale"], c["filename"]) for url, c in zip(urls, handler.LORA_CONFIGS, strict=True)]
