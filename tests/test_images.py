@@ -128,12 +128,13 @@ def test_civitai_finds_its_resources(prompt):
     assert [entry.get("weight") for entry in resources] == [None, 1.5, -0.25]
 
 
-def test_checkpoint_hash_is_a1111s(civitai, tmp_path):
+def test_checkpoint_hash_is_a1111s(civitai, tmp_path, monkeypatch):
     """10 digits of the whole file's SHA256, where the worker has fetched it; a file put there by hand has none, and
     one that is gone neither."""
-    fetched, by_hand = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    version, source = next(iter(civitai.files.items()))
-    handler.download_file(f"{civitai.url}/api/download/models/{version}?type=Model&format=SafeTensor", fetched)
+    monkeypatch.setenv("CIVITAI_BASE_URL", civitai.url)
+    monkeypatch.setenv("CIVITAI_API_KEY", civitai.key)
+    source, fetched, by_hand = civitai.files[135867], tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    handler.download_file(handler.LORA_CONFIGS[0]["url"], fetched)
     by_hand.write_bytes(fetched.read_bytes())
     assert seams.checkpoint_hash(fetched) == hashlib.sha256(source.read_bytes()).hexdigest()[:10]
     assert seams.checkpoint_hash(by_hand) == seams.checkpoint_hash(tmp_path / "gone.safetensors") == ""
@@ -293,7 +294,8 @@ def test_text_counts_as_much_as_images():
 def test_what_cannot_fit_is_a_clear_failure(monkeypatch):
     """Where even the smallest JPEG is too large: GENERATION_FAILED with the limit and what to do."""
     monkeypatch.setenv("MAX_RESPONSE_MB", "0.01")
-    reply = handler.handler({"input": {**SMALL, "prompt": "x" * 9_000, "num_images": 1}})
+    job = {**SMALL, "prompt": "x" * 9_000, "long_prompt": "truncate", "num_images": 1}
+    reply = handler.handler({"input": job})
     assert reply["code"] == "GENERATION_FAILED"
     assert "an answer of 0.01 MB: ask for fewer or smaller ones, or set a bucket" in reply["error"]
 

@@ -1,6 +1,7 @@
 """handler(job) on the tiny model world: answers, pictures, failures."""
 
 import base64
+import copy
 import io
 import json
 import logging
@@ -206,15 +207,14 @@ def test_black_and_nan_images(pipe):
 @pytest.fixture
 def half_vae(pipe):
     """A VAE in float16 that overflows on every picture, as a GPU's may; yields what it draws in float32."""
-    conv, dtype = pipe.vae.post_quant_conv, pipe.vae.dtype
-    weight = conv.weight.detach().clone()
+    vae = pipe.vae
+    pipe.vae = copy.deepcopy(vae)
     with torch.no_grad():
-        conv.weight.mul_(3e4)
-        expected = pictures(num_images=2)
-        pipe.vae.half()
-        yield expected
-        pipe.vae.to(dtype)
-        conv.weight.copy_(weight)
+        pipe.vae.post_quant_conv.weight.mul_(3e4)
+    expected = pictures(num_images=2)
+    pipe.vae.half()
+    yield expected
+    pipe.vae = vae
 
 
 def test_overflow_in_half_precision_is_decoded_again(pipe, half_vae, caplog):
@@ -228,20 +228,18 @@ def test_overflow_in_half_precision_is_decoded_again(pipe, half_vae, caplog):
 def test_a_vae_that_does_not_fit_in_float32_stays_whole(pipe, half_vae):
     """Where the memory runs out while the VAE is converted, that job is OUT_OF_MEMORY, and the VAE is of one type
     again: the next job works."""
-    convert, failures = pipe.vae.decoder.mid_block._apply, [torch.OutOfMemoryError("CUDA out of memory")]
+    block, failures = pipe.vae.decoder.mid_block, [torch.OutOfMemoryError("CUDA out of memory")]
+    convert = block._apply
 
     def convert_once(*args, **kwargs):
         if failures:
             raise failures.pop()
         return convert(*args, **kwargs)
 
-    pipe.vae.decoder.mid_block._apply = convert_once
-    try:
-        assert answer(num_images=2)["code"] == "OUT_OF_MEMORY"
-        assert not failures and {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
-        assert np.abs(half_vae[0] - pictures(num_images=2)[0]).max() <= 3
-    finally:
-        del pipe.vae.decoder.mid_block._apply
+    block._apply = convert_once
+    assert answer(num_images=2)["code"] == "OUT_OF_MEMORY"
+    assert not failures and {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+    assert np.abs(half_vae[0] - pictures(num_images=2)[0]).max() <= 3
 
 
 @pytest.mark.parametrize(
