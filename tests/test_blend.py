@@ -166,7 +166,7 @@ def test_zeros(zeros):
 @pytest.mark.parametrize("where", ["one value", "one state", "one chunk", "all"])
 @pytest.mark.parametrize("counts", [None, [75, 75, 75], [75, 3, 0], [1, 1, 1]])
 def test_broken_states_end(value, where, counts):
-    """NaN and infinity in states end in a tensor that shows them, not in an endless loop, which pytest.ini's timeout would end."""
+    """NaN and infinity in states end in a tensor that shows them, not in an endless loop."""
     chunks = random_chunks(3)
     places = {"one value": (0, 1, 0), "one state": (0, 1), "one chunk": 0, "all": 0}
     chunks[1][places[where]] = value
