@@ -4,12 +4,15 @@ The way of a job, and the order of this file:
 
     configuration   models and settings; every setting is an environment variable, parsed into Settings
     errors          one class per code that a client can see
-    downloads       Civitai or the volume -> verified files in the model store
-    pipeline, LoRAs files -> StableDiffusionXLPipeline on the GPU, LoRA stack merged into its weights
+    store           Civitai or the volume -> verified files in the model store
+    pipeline        files -> StableDiffusionXLPipeline on the GPU, held by an Engine with all that belongs to it
+    LoRAs           LoRA files -> changes of weights, merged into them as a stack
     prompts         A1111 text -> chunks of 75 tokens -> embeddings, blended into one 77-token tensor
+    sampling        noise, samplers and schedules as k-diffusion and A1111 have them -> latents
     images          pixels -> PNG, JPEG or WebP file that carries its recipe -> base64 or links
-    jobs            schedulers; {"input": {...}} -> checked request -> images, seed and metadata
-    entry           the command line here, RunPod's job loop there
+    jobs            {"input": {...}} -> checked request -> images, seed and metadata
+    queue           RunPod's job loop
+    entry           the command line
 
     python handler.py                      runs test_input.json and saves the images to OUTPUT_DIR
     python handler.py custom_input.json    the same with another job
@@ -33,6 +36,7 @@ import hashlib
 import heapq
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,7 +54,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -74,7 +78,7 @@ class Lazy:
 
 
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
-requests, urllib3, tqdm = Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
+np, requests, urllib3, tqdm = Lazy("numpy"), Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
 aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
@@ -1335,6 +1339,24 @@ class FetchProgress:
 # ---------------------------------------------------------------------------------------------------------------------
 # pipeline
 
+# part of a tensor's name -> what a file with it is; an SDXL checkpoint has none of these
+OTHER_CHECKPOINTS = {
+    "edm_mean": "a Playground 2.5 model (EDM)",
+    "edm_vpred.": "a CosXL model (EDM, v-prediction)",
+    "conditioner.embedders.0.model.": "an SDXL refiner",
+    "cond_stage_model.transformer.": "a Stable Diffusion 1.5 model",
+    "cond_stage_model.model.": "a Stable Diffusion 2 model",
+    "joint_blocks.": "a Stable Diffusion 3 model",
+    "double_blocks.": "a Flux model",
+    "double_layers.": "an AuraFlow model",
+    "lora_": "a LoRA",
+    "hada_": "a LoRA (LoHa)",
+    "lokr_": "a LoRA (LoKr)",
+    "down_blocks.": "in diffusers' layout, not in the single-file one",
+}
+UNET_KEY = "model.diffusion_model."
+TEXT_ENCODER_KEYS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+
 # At 1024² an fp16 SDXL with its activations peaks near 11 GiB; "16 GB" cards report between 14.5 and 16 GiB.
 RESIDENT_GPU_BYTES = int(14.5 * GIB)
 UNTILED_PIXELS = 1_500_000
@@ -1365,6 +1387,7 @@ class Engine:
             import_libraries()
         files = fetching.result()
         dtype = torch.float16 if device == "cuda" else torch.float32
+        scheduler_config = read_checkpoint(files.checkpoint)
         with phase("checkpoint and VAE"):
             pipe = build_pipeline(settings, files.checkpoint, dtype)
         with phase("LoRA files"):
@@ -1375,12 +1398,13 @@ class Engine:
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
                 pipe.to(device)
+        check_weights(pipe)
         with phase("merging the LoRA stack"), as_setup_failure("the LoRA stack could not be merged"):
             stack.apply({name: config["scale"] for name, config in settings.stack.items()})
         in_background(hash_models, files)  # ahead of the first job, whose recipe names them
         if settings.torch_compile:
             compile_unet(pipe)
-        return cls(settings, files, pipe, stack, PromptEncoder(pipe), pipe.scheduler.config)
+        return cls(settings, files, pipe, stack, PromptEncoder(pipe), {**pipe.scheduler.config, **scheduler_config})
 
 
 @contextmanager
@@ -1392,6 +1416,8 @@ def as_setup_failure(message: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError) as error:
         if is_out_of_memory(error):
             message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
+        elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
+            message = "the checkpoint is no whole SDXL model: some of its weights are missing; set another CHECKPOINT"
         raise SetupFailed(message, detail=error) from error
 
 
@@ -1433,6 +1459,44 @@ def import_libraries() -> None:
     # progress bars of the libraries' own loading steps would stand between the log's lines
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's header says that its scheduler must know: prediction_type and rescale_betas_zero_snr, by the
+    tensors `v_pred` and `ztsnr` or the metadata. Raises SetupFailed for a file that cannot be run, before it is loaded,
+    and says what it is."""
+    with (
+        as_setup_failure("the checkpoint cannot be read: delete it, and it is fetched again"),
+        safetensors.safe_open(checkpoint, framework="pt") as file,
+    ):
+        names, metadata = set(file.keys()), file.metadata() or {}
+        first = f"{UNET_KEY}input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1] if first in names else 4
+    kind = next((kind for sign, kind in OTHER_CHECKPOINTS.items() if any(sign in name for name in names)), "")
+    parts = {"UNet": UNET_KEY, "first text encoder": TEXT_ENCODER_KEYS[0], "second text encoder": TEXT_ENCODER_KEYS[1]}
+    missing = [part for part, key in parts.items() if not any(name.startswith(key) for name in names)]
+    if not kind and channels != 4:
+        kind = "an SDXL inpainting model" if channels == 9 else f"an SDXL model that takes {channels} channels"
+    if not kind and missing:
+        kind = f"a file without {' and '.join(missing)}"
+    if kind:
+        raise SetupFailed(f"the checkpoint is {kind}, which cannot be run here: set CHECKPOINT to an SDXL checkpoint")
+    predicts_v = "v_pred" in names or metadata.get("modelspec.prediction_type", "").lower().startswith("v")
+    config: dict[str, Any] = {"prediction_type": "v_prediction"} if predicts_v else {}
+    return config | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+
+
+def check_weights(pipe: Any) -> None:
+    """Raises SetupFailed where the checkpoint or the VAE holds NaN or infinite numbers, which would
+    make every image black."""
+    for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        weights = dict(getattr(pipe, component).named_parameters())
+        bounds = torch.stack([torch.stack(weight.detach().aminmax()).float() for weight in weights.values()])
+        finite = bounds.isfinite().all(1).tolist()
+        if not all(finite):
+            name = list(weights)[finite.index(False)]
+            what = "VAE" if component == "vae" else "checkpoint"
+            raise SetupFailed(f"the {what} is damaged: its {component} holds NaN or infinite numbers, in {name}")
 
 
 def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
@@ -1779,6 +1843,8 @@ SYNTAX = re.compile(
     r"|[^\\()\[\]:B]+|.",
     re.DOTALL,
 )
+# A1111's [from:to:when], [a|b] and AND; times and ratios have no letter in them
+PROMPT_EDITING = re.compile(r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])[^\[\]]*(?:\|[^\[\]]*|:\s*\d*\.?\d+\s*)\]|\bAND\b")
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
@@ -1827,7 +1893,7 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
     for closing, starts in opened.items():
         for start in starts:
             weights[start : len(texts)] *= FACTORS[closing]
-    if not weights.abs().amax() <= MAX_WEIGHT:
+    if not (weights.abs() <= MAX_WEIGHT).all():
         raise InvalidInput(f"weights of nested brackets must multiply to at most 100, got {weights.abs().amax():.4g}")
     # 2. neighbours of equal weight joined, so that words are tokenized whole
     stretches: list[list[tuple[str, float]]] = [[]]
@@ -2312,108 +2378,668 @@ def raise_gpu_failure(error: Exception) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
+#
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
+# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
+# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
+# float32 (n, 4, height/8, width/8) on the UNet's device.
 
-# schedulers
-# A1111's samplers in diffusers' classes, after the table in diffusers' "Schedulers" overview. Left out: DPM++ 2S a, DPM
-# fast, DPM adaptive and Restart, which diffusers has not; LMS, which needs SciPy; DPM++ 3M SDE, where diffusers 0.34
-# differs from k-diffusion by the sign of a term.
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-SCHEDULED_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
-    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", SDE | {"solver_type": "heun"}),
-    # A1111 calls the network twice a step here, diffusers once; lower_order_final spares a warning
-    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE | {"lower_order_final": True}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
+
+# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
+
+
+def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+    """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
+    return (following**2 - up**2) ** 0.5, up
+
+
+def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """Euler steps down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        x = x + (x - denoised) / sigma * (down - sigma)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        end = x + slope * (following - sigma)
+        if following > 0:
+            slope = (slope + (end - (yield end, following)) / following) / 2
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Linear multistep of order 4: the polynomial through the last slopes, integrated over the step. Two Gauss-Legendre
+    nodes do that exactly for a cubic, without SciPy's quad."""
+    past: deque[tuple[float, Any]] = deque(maxlen=4)  # (σ, slope there), the newest first
+    for sigma, following in pairwise(sigmas):
+        past.appendleft((sigma.item(), (x - (yield x, sigma)) / sigma))
+        centre, half = (sigma.item() + following.item()) / 2, (following.item() - sigma.item()) / 2
+        weighted = []
+        for at, slope in past:
+            others = [other for other, _ in past if other != at]
+            nodes = centre - half / 3**0.5, centre + half / 3**0.5
+            integral = half * sum(math.prod((node - other) / (at - other) for other in others) for node in nodes)
+            weighted.append(integral * slope)
+        x = x + sum(weighted)
+    return x
+
+
+def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """A step with the slope at its middle in log σ."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        if following > 0:
+            middle = sigma.log().lerp(following.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """sample_dpm_2 down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        down, up = ancestral_step(sigma, following)
+        if down > 0:
+            middle = sigma.log().lerp(down.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (down - sigma)
+        if down > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+# DPM-Solver++ (arXiv:2211.01095) counts in t = -log σ. k-diffusion goes to t and back, and so do these: the Brownian
+# tree tells the last bit of σ apart.
+
+
+def step_towards(denoised: Any, x: Any, t: Any, t_next: Any) -> Any:
+    """DPM-Solver++'s step of first order; to σ = 0, where t_next is infinite, it arrives at denoised."""
+    return (-t_next).exp() / (-t).exp() * x - (t - t_next).expm1() * denoised
+
+
+def sample_dpmpp_2s_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(2S): steps down with denoised at the step's middle in t, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        t, t_down = -sigma.log(), -down.log()
+        if down > 0:
+            middle = t + 0.5 * (t_down - t)
+            denoised = yield step_towards(denoised, x, t, middle), (-middle).exp()
+        x = step_towards(denoised, x, t, t_down)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_dpmpp_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++ (stochastic): an ancestral step to the middle in t, then the whole one with denoised from there."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        t, t_next = -sigma.log(), -following.log()
+        start, middle, end = (-t).exp(), (-(t + (t_next - t) * 0.5)).exp(), (-t_next).exp()
+        down, up = ancestral_step(start, middle)
+        half = step_towards(denoised, x, t, -down.log()) + noise(start, middle) * up
+        denoised = yield half, middle
+        down, up = ancestral_step(start, end)
+        x = step_towards(denoised, x, t, -down.log()) + noise(start, end) * up
+    return x
+
+
+def sample_dpmpp_2m(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """DPM-Solver++(2M): extrapolates denoised from the last two."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        t, t_next = -sigma.log(), -following.log()
+        h, ahead = t_next - t, denoised
+        if previous is not None and following > 0:
+            r = h_last / h
+            ahead = (1 + 1 / (2 * r)) * denoised - (1 / (2 * r)) * previous
+        x = step_towards(ahead, x, t, t_next)
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_2m_sde(x: Any, sigmas: Any, noise: Noise, heun: bool = False) -> Run:
+    """DPM-Solver++(2M) SDE, its solver_type "midpoint" or "heun"."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = following / sigma * (-h).exp() * x - (-2 * h).expm1() * denoised
+        if previous is not None:
+            weight = (-2 * h).expm1() / (2 * h) + 1 if heun else -0.5 * (-2 * h).expm1()
+            x = x + weight * (h / h_last) * (denoised - previous)
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_3m_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(3M) SDE: first and second differences of the last three denoised."""
+    past: deque[tuple[Any, Any]] = deque(maxlen=2)  # (denoised, h) of the last steps, the newest first
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = (-2 * h).exp() * x - (-2 * h).expm1() * denoised
+        phi_2 = (-2 * h).expm1() / (2 * h) + 1
+        if past:
+            r0 = past[0][1] / h
+            d1 = first = (denoised - past[0][0]) / r0
+            if len(past) == 2:
+                r1 = past[1][1] / h
+                second = (past[0][0] - past[1][0]) / r1
+                d1 = first + (first - second) * r0 / (r0 + r1)
+                x = x - (phi_2 / (2 * h) - 0.5) * (first - second) / (r0 + r1)
+            x = x + phi_2 * d1
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        past.appendleft((denoised, h))
+    return x
+
+
+def sample_ddim(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's ddim (sd_samplers_timesteps_impl.py) with eta 0: Euler's steps, ending at t = 1 with the noise of there
+    in the scale in which the network sees x."""
+    x = yield from sample_euler(x, sigmas, noise)
+    return x / (1 + sigmas[-1] ** 2) ** 0.5
+
+
+def sample_lcm(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's sample_lcm (sd_samplers_lcm.py): new noise on each denoised. The consistency model's own c_skip and c_out
+    are within 7e-6 of 0 and 1 at all times that it runs at, and left out."""
+    for sigma, following in pairwise(sigmas):
+        x = yield x, sigma
+        if following > 0:
+            x = x + following * noise(sigma, following)
+    return x
+
+
+# schedules: (steps, levels) -> falling σ, float32 (steps + 1,), after k-diffusion's get_sigmas_… and A1111's
+# sd_schedulers.py. All but KL Optimal and DDIM's end in 0.
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The σ that the network was trained with, and the times that it knows them by: σ[i] at time i of 0 to 999. A
+    network distilled for LCM knows every 20th alone, times 19 to 999 (A1111's LCMCompVisDenoiser)."""
+
+    sigmas: Any  # float32 (1000 / every,), rising
+    every: int = 1
+
+    @classmethod
+    def of_sdxl(cls, every: int = 1, zero_snr: bool = False) -> NoiseLevels:
+        """SDXL's scaled_linear betas; with zero_snr as A1111 rescales ᾱ, so that the last time is nothing but noise."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alphas = (1 - betas).cumprod(0).float()
+        if zero_snr:
+            root = alphas.sqrt()
+            alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+            alphas[-1] = 4.8973451890853435e-08
+        return cls((((1 - alphas) / alphas) ** 0.5)[every - 1 :: every], every)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest σ and the highest."""
+        return self.sigmas[0].item(), self.sigmas[-1].item()
+
+    def time_of(self, sigmas: Any) -> Any:
+        """DiscreteSchedule.sigma_to_t: between two σ by the logarithm; LCM's network knows the nearest."""
+        logs, wanted = self.sigmas.log(), sigmas.log()
+        below = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
+        weight = ((logs[below] - wanted) / (logs[below] - logs[below + 1])).clamp(0, 1)
+        place = (1 - weight) * below + weight * (below + 1)
+        return (place if self.every == 1 else place.round()) * self.every + (self.every - 1)
+
+    def sigma_of(self, times: Any) -> Any:
+        """DiscreteSchedule.t_to_sigma."""
+        place = (times - (self.every - 1)) / self.every
+        weight, logs = place.frac(), self.sigmas.log()
+        return ((1 - weight) * logs[place.floor().long()] + weight * logs[place.ceil().long()]).exp()
+
+    def spread(self, count: int) -> Any:
+        """count times, evenly from the last to the first."""
+        return torch.linspace(999, self.every - 1, count)
+
+
+def then_zero(sigmas: Any) -> Any:
+    """k-diffusion's append_zero."""
+    return torch.cat([sigmas.float(), torch.zeros(1)])
+
+
+def uniform(steps: int, levels: NoiseLevels) -> Any:
+    """DiscreteSchedule.get_sigmas; ComfyUI calls it normal."""
+    return then_zero(levels.sigma_of(levels.spread(steps)))
+
+
+def sgm_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """One more time, and the last left out."""
+    return then_zero(levels.sigma_of(levels.spread(steps + 1)[:-1]))
+
+
+def simple(steps: int, levels: NoiseLevels) -> Any:
+    """Every 1000/steps-th trained σ from the highest down."""
+    return then_zero(levels.sigmas[[-1 - int(i * (len(levels.sigmas) / steps)) for i in range(steps)]])
+
+
+def karras(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in σ^(1/7): ρ is 7."""
+    low, high = (sigma ** (1 / 7.0) for sigma in levels.ends)
+    return then_zero((high + torch.linspace(0, 1, steps) * (low - high)) ** 7.0)
+
+
+def exponential(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in log σ."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.linspace(high, low, steps).exp())
+
+
+def polyexponential(steps: int, levels: NoiseLevels) -> Any:
+    """Exponential with ρ 1, which is A1111's: the same but for the last bits."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.exp(torch.linspace(1, 0, steps) * (high - low) + low))
+
+
+def align_your_steps(steps: int, _levels: NoiseLevels) -> Any:
+    """NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps), others by log-linear
+    interpolation. A1111 would run one step from the lowest σ; here it starts at the highest."""
+    table = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
+    places = np.linspace(0, 1, steps)
+    return then_zero(torch.from_numpy(np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))))
+
+
+def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in arctan σ (the same page), to the lowest σ and not to 0."""
+    low, high = (torch.tensor(sigma).arctan() for sigma in levels.ends)
+    place = torch.arange(steps + 1) / steps
+    return torch.tan(place * low + (1.0 - place) * high)
+
+
+def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
+    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
+    return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
+
+
+def leading(steps: int, levels: NoiseLevels) -> Any:
+    """diffusers' spacing in SDXL's own configuration: t = 1 + i · (1000 // steps); one step from the highest σ."""
+    times = torch.arange(steps).flip(0) * (1000 // steps) + 1
+    return then_zero(levels.sigmas[times if steps > 1 else [-1]])
+
+
+SCHEDULES: dict[str, Callable[[int, NoiseLevels], Any]] = {
+    "Uniform": uniform,
+    "Karras": karras,
+    "Exponential": exponential,
+    "SGM Uniform": sgm_uniform,
+    "Simple": simple,
+    "Align Your Steps": align_your_steps,
+    "KL Optimal": kl_optimal,
+    "Polyexponential": polyexponential,
 }
-# SDXL's own configuration spaces the timesteps as "leading", which never reaches the last one. A1111 starts there, and
-# its Karras and exponential sigmas run from the highest to the lowest: both are "linspace" here.
-LINSPACE, TRAILING = {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}
-SCHEDULE_TYPES: dict[str, dict[str, Any]] = {
-    "": LINSPACE,
-    "Karras": LINSPACE | {"use_karras_sigmas": True},
-    "Exponential": LINSPACE | {"use_exponential_sigmas": True},
-    "SGM Uniform": TRAILING,
+
+
+# names
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a sampler is run."""
+
+    run: Callable[..., Run]
+    automatic: str = "Uniform"  # the schedule that A1111 gives it when none is chosen
+    uniform: Callable[[int, NoiseLevels], Any] = uniform
+    brownian: bool = False  # its noise is the differences of a Brownian motion along σ
+    drops_next_to_last: bool = False  # A1111 makes one σ more and drops the next to last
+    starts_at_sigma: bool = True  # the first latents are noise · σ₀; otherwise noise · √(1 + σ₀²)
+    every: int = 1  # of the trained levels
+
+
+SAMPLERS = {
+    "Euler": Sampler(sample_euler),
+    "Euler a": Sampler(sample_euler_ancestral),
+    "Heun": Sampler(sample_heun),
+    "LMS": Sampler(sample_lms),
+    "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
+    "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
+    "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
+    "DPM++ 2M SDE": Sampler(sample_dpmpp_2m_sde, "Exponential", brownian=True),
+    "DPM++ 2M SDE Heun": Sampler(functools.partial(sample_dpmpp_2m_sde, heun=True), "Exponential", brownian=True),
+    "DPM++ 3M SDE": Sampler(sample_dpmpp_3m_sde, "Exponential", brownian=True, drops_next_to_last=True),
+    "DDIM": Sampler(sample_ddim, uniform=ddim_uniform, starts_at_sigma=False),
+    "LCM": Sampler(sample_lcm, every=20),
+    # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
+    "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
 }
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-PLMS = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"{sampler} {schedule}".strip(): (kind, extra | spacing)
-        for sampler, (kind, extra) in SCHEDULED_SAMPLERS.items()
-        for schedule, spacing in SCHEDULE_TYPES.items()
-    },
-    "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
-    "Euler a SGM Uniform": ("EulerAncestralDiscreteScheduler", TRAILING),
-    "UniPC": ("UniPCMultistepScheduler", LINSPACE),
-    "DEIS": ("DEISMultistepScheduler", LINSPACE),
-    "LCM": ("LCMScheduler", {"original_inference_steps": 200}),  # the default, 50, refuses more steps than that
-    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
-    "PLMS": PLMS,
+PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
+# diffusers' own classes, with what is changed of the checkpoint's configuration; no schedule but theirs
+DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "DEIS": ("DEISMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "PLMS": PNDM,
     # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
-    "PNDM": PLMS,
-    "K_EULER": ("EulerDiscreteScheduler", {}),
-    "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
+    "PNDM": PNDM,
+    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
     "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
+# A1111's samplers that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
-NEEDS_SCIPY = ("klms", "lms", "lms karras")
 
 
-def scheduler_name(name: str, value: Any) -> str:
-    """A name of SCHEDULERS, capitals or not: "euler A" -> "Euler a". Raises InvalidInput."""
-    spelled = value.strip().lower() if isinstance(value, str) else ""
-    if spelled in NEEDS_SCIPY:
-        raise InvalidInput(f"{name} {value} needs SciPy, which this worker does without: use K_EULER")
-    return one_of(SCHEDULERS)(name, {known.lower(): known for known in SCHEDULERS}.get(spelled, value))
+@dataclass(frozen=True)
+class Sampling:
+    """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
+
+    sampler: str  # of SAMPLERS, or of DIFFUSERS_SAMPLERS where it has no schedule
+    schedule: str  # of SCHEDULES, or ""
+
+    def __str__(self) -> str:
+        # "DDIM" alone is diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
+        plain = self.schedule == "Uniform" and self.sampler not in DIFFUSERS_SAMPLERS
+        return self.sampler if plain else f"{self.sampler} {self.schedule}".strip()
 
 
-def split_schedule(scheduler: str) -> tuple[str, str]:
-    """A1111's sampler and schedule type: "DPM++ 2M Karras" -> ("DPM++ 2M", "Karras"), "Euler" -> ("Euler", "")."""
-    for schedule in filter(None, SCHEDULE_TYPES):
-        if scheduler.endswith(f" {schedule}"):
-            return scheduler.removesuffix(f" {schedule}"), schedule
-    return scheduler, ""
+def spelling(name: str) -> str:
+    """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
+    "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
+    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
+    return name.removesuffix("gpu")
 
 
-def build_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
-    """The scheduler of SCHEDULERS on the checkpoint's own configuration, whose prediction type and noise schedule stay.
+@functools.cache
+def spelled_samplings() -> dict[str, Sampling]:
+    """spelling -> what it chooses, for every name that is understood."""
+    known = {}
+    for name, sampler in SAMPLERS.items():
+        schedules = {schedule: schedule for schedule in SCHEDULES}
+        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
+    for name in DIFFUSERS_SAMPLERS:
+        known |= {spelling(name): Sampling(name, "")}
+        if name not in SAMPLERS:
+            known |= {spelling(name + "Automatic"): Sampling(name, "")}
+    return known
 
-    config: the pipeline's first scheduler's, never that of the last job's.
+
+def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") -> Sampling:
+    """The choice that a job or a recipe names, in A1111's, ComfyUI's or the official worker's spelling.
+
+    "DPM++ 2M Karras" -> 2M, Karras; "dpmpp_2m", "karras" -> the same; "DPM++ 2M" -> Uniform; "DPM++ 2M", "Automatic"
+    -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
+    field and the nearest names.
     """
-    kind, extra = SCHEDULERS[name]
+    for text in (sampler, schedule or ""):
+        if not isinstance(text, str):
+            raise InvalidInput(f"{field} must be text, got {shown(text)}")
+    given = f"{sampler} {schedule or ''}".strip()
+    known, spelled = spelled_samplings(), spelling(given)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
+    if spelled in known:
+        return known[spelled]
+    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
+    if not nearest_names:
+        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
+    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
+
+
+# noise
+
+
+def philox_normal(seed: int, draw: int, count: int) -> Any:
+    """float32 (count,), standard normal: what torch.randn draws on CUDA, where the card has a thread for each number,
+    as the draw-th of a generator with this seed (0 is the first). Seed 0 begins -0.92466259, -0.42534415.
+
+    Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of the counter (draw, 0, element,
+    0), then Box-Muller; after A1111's rng_philox.py.
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # 32-bit words in 64 bits, so that products fit
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    words = [np.uint64(draw), np.uint64(0), np.arange(count, dtype=np.uint64), np.uint64(0)]
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [
+            (second >> half) ^ words[1] ^ np.uint64(keys[0]),
+            second & low,
+            (first >> half) ^ words[3] ^ np.uint64(keys[1]),
+            first & low,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    radius = np.sqrt(-2 * np.log(words[0] * 2.0**-32 + 2.0**-33))
+    return (radius * np.sin(2 * math.pi * (words[1] * 2.0**-32 + 2.0**-33))).astype(np.float32)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], Any]:
+    """A function that draws a seed's next float32 tensor of standard normal numbers: with rng "cpu" as torch's
+    generator there does, with "gpu" as CUDA's."""
+    if rng == "cpu":
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(shape, generator=generator)
+    draws = itertools.count()
+    return lambda: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
+
+
+class BrownianTree:
+    """A Brownian motion B along σ, of one image, as torchsde.BrownianTree(entropy=seed) grows it: B is 0 at the lowest
+    σ; an interval's middle is drawn from a seed of its own, given the ends, down to σ of 6 digits. So B(σ) depends
+    on neither the number of steps nor their order."""
+
+    def __init__(self, rng: str, seed: int, low: float, high: float, shape: tuple[int, ...]) -> None:
+        self.seed, self.low, self.high = seed, round(low, 6), round(high, 6)
+        self._draw = lambda node_seed: normal_stream(rng, int(node_seed), shape)()
+        end = self._draw(np.random.SeedSequence(seed, pool_size=24).generate_state(3)[0]) * math.sqrt(high - low)
+        self._known = {self.low: torch.zeros(shape), self.high: end}  # σ -> B(σ)
+        self._top = math.inf  # above it all is forgotten
+
+    def noise(self, sigma: Any, following: Any) -> Any:
+        """(B(following) - B(sigma)) / √|following - sigma|: k-diffusion's BrownianTreeNoiseSampler. Samplers go down:
+        what lies above sigma is not asked for again, and forgotten."""
+        before, after = self.at(sigma.item()), self.at(following.item())
+        self._top = round(sigma.item(), 6)
+        self._known = {point: value for point, value in self._known.items() if point <= self._top}
+        return (after - before) / (following - sigma).abs().sqrt()
+
+    def at(self, sigma: float) -> Any:
+        """B(σ)."""
+        wanted = min(max(round(sigma, 6), self.low), self.high)
+        start, end, key, depth = self.low, self.high, 0, 0
+        while wanted not in self._known:
+            middle = round(0.5 * (start + end), 6)
+            if middle not in self._known and middle <= self._top:
+                node = np.random.SeedSequence(self.seed, spawn_key=(key, depth), pool_size=24).generate_state(4)[0]
+                share, variance = (middle - start) / (end - start), (middle - start) * (end - middle) / (end - start)
+                mean = self._known[start] + share * (self._known[end] - self._known[start])
+                self._known[middle] = mean + math.sqrt(variance) * self._draw(node)
+            right = wanted > middle
+            start, end = (middle, end) if right else (start, middle)
+            key, depth = 2 * key + right, depth + 1
+        return self._known[wanted]
+
+
+DRAWN_AHEAD = 4  # steps; more would only take memory
+
+
+def drawn_ahead(
+    pool: ThreadPoolExecutor, images: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
+) -> Iterator[Any]:
+    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device. It is drawn in the pool's one thread while
+    the GPU works, from now on, and moved without waiting."""
+
+    def draw(request: tuple[Any, Any]) -> Any:
+        noise = torch.stack([image(*request) for image in images])
+        return noise.pin_memory() if torch.device(device).type == "cuda" else noise
+
+    def take() -> Iterator[Any]:
+        while pending:
+            noise = pending.popleft().result().to(device, non_blocking=True)
+            pending.extend(pool.submit(draw, request) for request in islice(left, 1))
+            yield noise
+
+    left = iter(requests)
+    pending = deque(pool.submit(draw, request) for request in islice(left, DRAWN_AHEAD))
+    return take()
+
+
+# the loop
+
+
+class Scheduler:
+    """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
+
+    A pass that begins in mid-schedule is sigmas[k:] to the sampler; a mask belongs on denoised in `step`.
+    """
+
+    def __init__(
+        self, sampling: Sampling, steps: int, prediction_type: str = "epsilon", zero_snr: bool = False
+    ) -> None:
+        self.sampler, self.prediction_type = SAMPLERS[sampling.sampler], prediction_type
+        levels = NoiseLevels.of_sdxl(self.sampler.every, zero_snr)
+        schedule = self.sampler.uniform if sampling.schedule == "Uniform" else SCHEDULES[sampling.schedule]
+        self.sigmas = schedule(steps + self.sampler.drops_next_to_last, levels)
+        if self.sampler.drops_next_to_last:
+            self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
+        first = self.sigmas[0]
+        self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
+        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
+        self.noise_requests: list[tuple[Any, Any]] = []
+        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
+        self.network_sigmas, call = [], next(rehearsal)
+        with suppress(StopIteration):
+            while True:
+                self.network_sigmas.append(call[1])
+                call = rehearsal.send(torch.zeros(()))
+        self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
+        self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
+        self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
+
+    def _note_request(self, sigma: Any, following: Any) -> float:
+        self.noise_requests.append((sigma, following))
+        return 0.0
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
+        """Begins a run."""
+        self.timesteps = self.timesteps.to(device)
+        self._calls, self._running = 0, None
+
+    def scale_model_input(self, sample: Any, _timestep: Any) -> Any:
+        """x / √(1 + σ²), of variance 1: what the network was trained on."""
+        return sample * (1 / (self.network_sigmas[self._calls] ** 2 + 1) ** 0.5)
+
+    def step(self, model_output: Any, _timestep: Any, sample: Any, return_dict: bool = False) -> tuple[Any]:  # noqa: ARG002
+        """From the network's output for x to the next x that it is to see, and in the end to the image's latents."""
+        sigma = self.network_sigmas[self._calls]
+        if self.prediction_type == "v_prediction":  # VDenoiser.get_scalings
+            denoised = sample / (sigma**2 + 1) - model_output * (sigma / (sigma**2 + 1) ** 0.5)
+        else:
+            denoised = sample - model_output * sigma
+        if self._running is None:
+            self._running = self.sampler.run(sample, self.sigmas, lambda *_: next(self.noise))
+            next(self._running)
+        self._calls += 1
+        try:
+            return (self._running.send(denoised)[0],)
+        except StopIteration as end:
+            return (end.value,)
+
+
+def build_diffusers_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
+    """One of DIFFUSERS_SAMPLERS on the checkpoint's own configuration, whose prediction type stays."""
+    kind, extra = DIFFUSERS_SAMPLERS[name]
     if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
-        extra = extra | TRAILING
+        extra = extra | {"timestep_spacing": "trailing"}
     return getattr(diffusers, kind).from_config(config, **extra)
 
 
+@contextmanager
+def float32_outside(unet: Any) -> Iterator[None]:
+    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type."""
+    into = unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
+    out_of = unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
+    try:
+        yield
+    finally:
+        into.remove()
+        out_of.remove()
+
+
 def denoise(engine: Engine, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
-    """Latents (num_images, 4, height/8, width/8). Image i is drawn from seeds[i] with a CPU generator of its own."""
+    """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch."""
+    pipe, sampling, config = engine.pipe, read_sampling(request.scheduler), engine.scheduler_config
+    shape = (pipe.unet.config.in_channels, request.height // 8, request.width // 8)
+    streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
+    latents = torch.stack([draw() for draw in streams])
+    if request.eta_noise_seed_delta:
+        streams = [normal_stream(request.rng, seed + request.eta_noise_seed_delta, shape) for seed in request.seeds]
 
     def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
         return {}
 
-    pipe = engine.pipe
-    pipe.scheduler = build_scheduler(request.scheduler, engine.scheduler_config, request.steps)
-    return pipe(
-        prompt_embeds=conditioning.prompt_embeds,
-        negative_prompt_embeds=conditioning.negative_prompt_embeds,
-        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-        negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=request.num_images,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).images
+    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe.unet):
+        if sampling.schedule:
+            zero_snr = config.get("rescale_betas_zero_snr", False)
+            scheduler = Scheduler(sampling, request.steps, config["prediction_type"], zero_snr)
+            if scheduler.sampler.brownian:
+                ends = scheduler.sigmas[scheduler.sigmas > 0].min().item(), scheduler.sigmas.max().item()
+                images = [BrownianTree(request.rng, seed, *ends, shape).noise for seed in request.seeds]
+            else:
+                images = [lambda *_, draw=draw: draw() for draw in streams]
+            scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+        else:
+            scheduler = build_diffusers_scheduler(sampling.sampler, config, request.steps)
+        pipe.scheduler = scheduler
+        return pipe(
+            prompt_embeds=conditioning.prompt_embeds,
+            negative_prompt_embeds=conditioning.negative_prompt_embeds,
+            pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=request.num_images,
+            latents=latents,
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2434,6 +3060,12 @@ LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
 
 
 # recipes
+
+RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
+RECIPE_VERSION = "sdxl-worker"
+RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
+# what a recipe notes and no picture depends on
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "Hashes", "VAE hash")
 
 
 @dataclass(frozen=True)
@@ -2480,19 +3112,25 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     Fields in A1111's order, values quoted by its rule. Civitai's own list, by which it links an image to its models,
     comes last: its parser takes the JSON up to the first "}]".
     """
-    sampler, schedule = split_schedule(request.scheduler)
+    sampling = read_sampling(request.scheduler)
+    plain = str(sampling) == sampling.sampler  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
-        "Sampler": sampler,
-        "Schedule type": schedule,
-        "CFG scale": f"{request.guidance_scale:.10g}",
+        "Sampler": sampling.sampler,
+        "Schedule type": "" if plain else sampling.schedule,
+        "CFG scale": repr(request.guidance_scale).removesuffix(".0"),
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": checkpoint.short_hash,
         "Model": checkpoint.stem,
         "VAE": vae,
-        "Clip skip": request.clip_skip if request.clip_skip > 1 else "",  # A1111 leaves its default, 1, out
+        "Clip skip": request.clip_skip,
+        "ENSD": request.eta_noise_seed_delta or "",
         "Lora hashes": ", ".join(f"{lora.stem}: {lora.short_hash}" for lora in loras if lora.short_hash),
+        "Emphasis": "No norm" if request.emphasis == "no norm" else "",
+        "RNG": "CPU" if request.rng == "cpu" else "",
+        "Long prompt": "" if request.long_prompt == "concat" else request.long_prompt,
+        "Version": RECIPE_VERSION,
     }
     details = [f"{name}: {quote(str(value))}" for name, value in fields.items() if value != ""]
     resources = [
@@ -2504,14 +3142,182 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     ]
     if resources:
         details.append(f"Civitai resources: {json.dumps(resources, separators=(',', ':'), ensure_ascii=False)}")
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    text = f"{request.prompt}{negative}\n{', '.join(details)}".strip()
-    return text.replace("\0", "")  # which would end a PNG's text
+    # a prompt's line that begins with Steps would hide the recipe's from Civitai, which takes the first
+    prompt, negative = (re.sub("(?m)^Steps:", " Steps:", text) for text in (request.prompt, request.negative_prompt))
+    text = prompt + (f"\nNegative prompt: {negative}" if negative else "") + "\n"
+    for name, given, read in zip(
+        ("Exact prompt", "Exact negative prompt"),
+        (request.prompt, request.negative_prompt),
+        recipe_prompts(text + "-"),
+        strict=True,
+    ):
+        if given != read:
+            details.append(f"{name}: {json.dumps(given)}")
+    return f"{text}{', '.join(details)}".strip().replace("\0", "")  # which would end a PNG's text
 
 
 def quote(value: str) -> str:
     """A1111's rule for values: 'a' -> 'a', 'a: 1, b: 2' -> '"a: 1, b: 2"'."""
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+
+
+def recipe_line(text: str) -> dict[str, Any] | None:
+    """The keys and values of a text's last line where it is a recipe's, else None: at least three, "Steps" first.
+
+    "Steps: 20, Sampler: Euler a, Size: 8x8" -> {"Steps": "20", "Sampler": "Euler a", "Size": "8x8"}. Reads as A1111's
+    parse_generation_parameters does, and JSON values, which Civitai writes without quotes, whole.
+    """
+    line, at, found = text.strip().rsplit("\n", 1)[-1], 0, {}
+    while key := RECIPE_KEY.match(line, at):
+        value, at = line[key.end() :], key.end()
+        end, known = len(value.split(",", 1)[0]), value.split(",", 1)[0].strip()
+        if value[:1] in ('"', "[", "{"):
+            with suppress(ValueError, RecursionError):
+                parsed, length = json.JSONDecoder().raw_decode(value)
+                if value[length:].lstrip()[:1] in ("", ","):
+                    end, known = length, parsed
+        found.setdefault(key[1], known)
+        at = line.find(",", at + end) + 1 or len(line)
+    return found if len(found) >= 3 and next(iter(found)) == "Steps" else None
+
+
+def recipe_prompts(text: str) -> tuple[str, str]:
+    """Prompt and negative prompt of a recipe, as A1111 reads them: lines stripped, the second from the line on that
+    begins with "Negative prompt:"."""
+    prompts: tuple[list[str], list[str]] = [], []
+    negative = False
+    for line in map(str.strip, text.strip().split("\n")[:-1]):
+        if line.startswith("Negative prompt:"):
+            negative, line = True, line.removeprefix("Negative prompt:").strip()
+        prompts[negative].append(line)
+    return "\n".join(prompts[0]), "\n".join(prompts[1])
+
+
+def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    """Generation data, as A1111, Forge, Civitai and this worker write it: job field -> (the recipe's key, the value),
+    and a warning for all that cannot be honoured. What a recipe leaves out is A1111's default, not this worker's.
+
+    Raises InvalidInput for a text that is no recipe; the values are the fields' to check.
+    """
+    keys = recipe_line(text)
+    if keys is None:
+        raise InvalidInput(
+            "parameters must be a picture's generation data: its last line begins with Steps and holds at least three "
+            '"key: value" pairs, such as "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 1024x1024"'
+        )
+    own, warnings = keys.pop("Version", "") == RECIPE_VERSION, []
+    for note in RECIPE_NOTES:
+        keys.pop(note, None)
+    # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
+    prompt, negative_prompt = recipe_prompts(text)
+    fields: dict[str, tuple[str, Any]] = {
+        "prompt": ("prompt", keys.pop("Exact prompt", prompt)),
+        "negative_prompt": ("negative prompt", keys.pop("Exact negative prompt", negative_prompt)),
+    }
+    # 2. numbers and words
+    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
+    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
+    size = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*", str(keys.get("Size", "")))
+    if size:
+        fields |= {side: ("Size", int(size[i])) for i, side in ((1, "width"), (2, "height"))}
+    elif "Size" in keys:
+        raise InvalidInput(f"parameters: Size must be such as 1024x1024, got {shown(keys['Size'])}")
+    keys.pop("Size", None)
+    clip_skip = as_number(keys.pop("Clip skip", 2))  # A1111's does nothing on SDXL
+    fields["clip_skip"] = "Clip skip", clip_skip if own else 2
+    fields["long_prompt"] = "Long prompt", keys.pop("Long prompt", "concat")
+    rng, emphasis = keys.pop("RNG", "GPU"), str(keys.pop("Emphasis", "Original")).lower()
+    fields["rng"] = "RNG", RECIPE_RNG.get(rng, rng)
+    if emphasis not in EMPHASES:
+        warnings.append(f"the recipe's Emphasis {shown(emphasis)} is not here: original was taken")
+        emphasis = "original"
+    fields["emphasis"] = "Emphasis", emphasis
+    # 3. sampler and schedule
+    if "Sampler" in keys:
+        sampler, schedule = keys.pop("Sampler"), keys.pop("Schedule type", None)
+        if sampler == "DDIM" and not own:
+            schedule = "Uniform"  # A1111's, which knows no other; alone it would be diffusers'
+        try:
+            sampling = read_sampling(sampler, schedule)
+        except InvalidInput:
+            sampling = read_sampling(sampler, field="parameters: Sampler")
+            warnings.append(f"the recipe's Schedule type {shown(schedule)} is not there for {sampling}: left out")
+        fields["scheduler"] = "Sampler", str(sampling)
+    # 4. models
+    resources = keys.pop("Civitai resources", None)
+    resources = [item for item in resources if isinstance(item, dict)] if isinstance(resources, list) else []
+    fields["loras"] = "Civitai resources", recipe_loras(keys, resources, fields["prompt"][1], settings, warnings)
+    warnings += other_models(keys, resources, settings)
+    # 5. the rest
+    if keys:
+        warnings.append(
+            f"of the recipe, this worker leaves out: {', '.join(f'{key} {shown(keys[key])}' for key in keys)}"
+        )
+    return fields, warnings
+
+
+def as_number(value: Any) -> Any:
+    """The number that a recipe's value spells, else the value: "20" -> 20, "4.5" -> 4.5, "big" -> "big"."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return kind(value)
+    return value
+
+
+def recipe_loras(
+    keys: dict[str, Any], resources: list[dict[str, Any]], prompt: Any, settings: Settings, warnings: list[str]
+) -> list[dict[str, Any]]:
+    """The LoRAs that a recipe names, as the field `loras` takes them, apart from <lora:…> tags of the stack's own
+    names, which the prompt carries: by version id, else by hash. Takes its keys."""
+    by_version = {version_id(config): name for name, config in settings.stack.items()}
+    by_name = stack_names(settings)
+    tags = dict(split_lora_tags(prompt)[1]) if isinstance(prompt, str) else {}
+    chosen: dict[str, Any] = {}
+    for item in resources:
+        if str(item.get("type", "")).lower() not in ("lora", "lycoris", "locon", "dora"):
+            continue
+        version, name = str(item.get("modelVersionId", "")), str(item.get("modelName", ""))
+        if version in by_version:
+            chosen[by_version[version]] = item.get("weight", 1.0)
+        else:
+            warnings.append(f"the recipe's LoRA {shown(name)} (model version {shown(version)}) is not in the stack")
+    hashes = dict(re.findall(r"([^,:]+): *([0-9a-fA-F]{8,})", str(keys.pop("Lora hashes", ""))))
+    for name, digits in ((name.strip(), digits.lower()) for name, digits in hashes.items()):
+        if sanitize_name(name) in by_name or name not in tags:
+            continue
+        for adapter, config in settings.stack.items():
+            path = settings.lora_dir / config["filename"]
+            if path.is_file() and digits[:10] in (addnet_hash(path)[:10], (recorded_sha256(path) or "")[:10]):
+                chosen.setdefault(adapter, tags[name])
+    return [{"name": name, "scale": scale} for name, scale in chosen.items()]
+
+
+def other_models(keys: dict[str, Any], resources: list[dict[str, Any]], settings: Settings) -> list[str]:
+    """Warnings for a checkpoint or VAE that is not this worker's. Takes their keys."""
+    checkpoint, warnings = settings.checkpoint, []
+    versions = [str(item.get("modelVersionId")) for item in resources if item.get("type") in ("checkpoint", "model")]
+    name, digits = str(keys.pop("Model", "")), str(keys.pop("Model hash", "")).lower()
+    known_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
+    same = version_id(checkpoint) in versions or (digits and digits == known_hash)
+    same = same or sanitize_name(name) in (
+        sanitize_name(checkpoint["name"]),
+        sanitize_name(Path(checkpoint["filename"]).stem),
+    )
+    if (name or digits or versions) and not same:
+        wanted = name or digits or f"model version {versions[0]}"
+        warnings.append(
+            f"the recipe was made with the checkpoint {shown(wanted)}, this worker has {checkpoint['name']}"
+        )
+    vae = str(keys.pop("VAE", ""))
+    if (
+        vae
+        and vae not in ("None", "Automatic", Path(settings.vae_model).name)
+        and not re.match("sdxl[-_ ]vae", vae, re.I)
+    ):
+        warnings.append(
+            f"the recipe was made with the VAE {shown(vae)}, this worker has {Path(settings.vae_model).name}"
+        )
+    return warnings
 
 
 @functools.cache
@@ -2671,7 +3477,7 @@ def s3_client(bucket: Bucket) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs
 
-MAX_PROMPT = 10_000
+MAX_PROMPT, MAX_RECIPE = 10_000, 30_000  # characters
 MAX_SEED = 2**32
 REQUIRED = object()
 
@@ -2760,6 +3566,11 @@ def seed_or_random(name: str, value: Any) -> int:
     return int(number(0, MAX_SEED - 1, whole=True)(name, value))
 
 
+def sampler_name(name: str, value: Any) -> str:
+    """A sampler with its schedule in any spelling, as answers name it: "dpmpp_2m_karras" -> "DPM++ 2M Karras"."""
+    return str(read_sampling(value, field=name))
+
+
 def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
     """[{"name": "a"}] -> [("a", None)], None for the configured scale; null -> None, the configured stack."""
     if value is None:
@@ -2798,11 +3609,13 @@ class JobRequest:
     guidance_scale: float = job_field(number(1, 30), 4.5, also=("cfg_scale",))
     seed: int = job_field(seed_or_random, None, answered=False)  # the answer has one for each image
     num_images: int = job_field(number(1, 4, whole=True), 1, also=("batch_size",), answered=False)
-    scheduler: str = job_field(scheduler_name, "DPM++ 2M Karras", also=("sampler", "sampler_name"))
+    scheduler: str = job_field(sampler_name, "DPM++ 2M Karras", also=("sampler", "sampler_name"))
     clip_skip: int = job_field(number(1, 12, whole=True), 2)
+    rng: str = job_field(one_of(("cpu", "gpu")), "cpu")
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
+    eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
-    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
+    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included  # noqa: RUF009
     image_format: str = job_field(one_of(ENCODINGS), "png")
     embed_metadata: bool = job_field(true_or_false, True, answered=False)
     warnings: tuple[str, ...] = ()
@@ -2812,26 +3625,47 @@ class JobRequest:
         """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
         if not isinstance(given, dict):
             raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(given)} as input')
+        # 1. every field under one of its names; those of a pasted recipe come second
         declared = {spec.name: spec.metadata for spec in fields(cls) if spec.metadata}
-        refuse_unknown(given, [name for key, spec in declared.items() for name in (key, *spec["also"])])
+        refuse_unknown(
+            given, ["parameters", *(name for key, spec in declared.items() for name in (key, *spec["also"]))]
+        )
+        given, warnings = dict(given), []
+        if "sampler_name" in given and "scheduler" in given:  # A1111's two, since its version 1.9
+            sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
+            given["sampler"] = str(sampling)
+        recipe: dict[str, tuple[str, Any]] = {}
+        if "parameters" in given:
+            recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
         values: dict[str, Any] = {}
         for name, spec in declared.items():
             names = [key for key in (name, *spec["also"]) if key in given]
             if len(names) > 1:
                 raise InvalidInput(f"{names[0]} and {names[1]} are the same field: give one of them")
-            if not names and spec["default"] is REQUIRED:
+            if names:
+                values[name] = spec["check"](names[0], given[names[0]])
+            elif name in recipe:
+                key, value = recipe[name]
+                values[name] = spec["check"](f"parameters: {key}", value)
+            elif spec["default"] is REQUIRED:
                 raise InvalidInput(f"{name} is required")
-            values[name] = spec["check"](*(names or [name]), given[names[0]] if names else spec["default"])
-        warnings: list[str] = []
+            else:
+                values[name] = spec["check"](name, spec["default"])
+        # 2. prompts
         for name in ("prompt", "negative_prompt"):
             clean = well_formed(values[name])
             if clean != values[name]:
                 warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
             values[name] = clean
+            if recipe_line(clean):
+                raise InvalidInput(f"{name} ends in a picture's generation data: give the whole text as parameters")
             try:
                 parse_prompt(clean)
             except InvalidInput as error:
                 raise InvalidInput(f"{name}: {error}") from None
+            if found := PROMPT_EDITING.search(clean):
+                warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
+        # 3. LoRAs
         values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings)
         return cls(**values, warnings=tuple(warnings))
 
@@ -2845,14 +3679,19 @@ class JobRequest:
         return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
 
 
+def stack_names(settings: Settings) -> dict[str, str]:
+    """Sanitized names by which a job may call the stack's LoRAs -> adapter: its own, and its file's."""
+    stack = settings.stack
+    return {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()} | {
+        n: n for n in stack
+    }
+
+
 def choose_loras(
     listed: list[tuple[str, float | None]] | None, prompt: str, settings: Settings, warnings: list[str]
 ) -> dict[str, float]:
-    """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags. A LoRA
-    is known by its name or its file's."""
-    stack = settings.stack
-    known = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()}
-    known |= {name: name for name in stack}
+    """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags."""
+    stack, known = settings.stack, stack_names(settings)
     chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
     for name, scale in listed or []:
         adapter = known.get(sanitize_name(name))
