@@ -2167,19 +2167,20 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
     are left; where there are fewer, padding states of the first chunk, then of the next, fill up. A mean by position
     would be a mean of unrelated words, which says nothing: see the README, long_prompt.
     """
-    if not text_chunks or any(chunk.shape != text_chunks[0].shape or len(chunk) != 1 for chunk in text_chunks):
+    if len({chunk.shape for chunk in text_chunks}) != 1 or text_chunks[0].shape[:-1] != (1, WINDOW):
         raise ValueError(f"chunks must be tensors of one shape (1, 77, D), got {[tuple(c.shape) for c in text_chunks]}")
-    if token_counts is not None and len(token_counts) != len(text_chunks):
-        raise ValueError(f"{len(text_chunks)} chunks need as many token counts, got {len(token_counts)}")
+    counts = [CHUNK_TOKENS] * len(text_chunks) if token_counts is None else token_counts
+    if len(counts) != len(text_chunks) or not all(0 <= count <= CHUNK_TOKENS for count in counts):
+        raise ValueError(f"{len(text_chunks)} chunks need as many token counts from 0 to {CHUNK_TOKENS}, got {counts}")
     if len(text_chunks) == 1:
         return text_chunks[0]
-    window, dtype = text_chunks[0].shape[1], text_chunks[0].dtype
+    dtype = text_chunks[0].dtype
     chunks = torch.cat(list(text_chunks)).to(torch.promote_types(dtype, torch.float32))  # (n, 77, D)
-    ends = [min(count + 2, window) for count in token_counts or [window] * len(chunks)]  # behind each EOS
+    ends = [count + 2 for count in counts]  # behind each EOS
     real = torch.cat([chunk[1:end] for chunk, end in zip(chunks, ends, strict=True)])  # (N, D)
     padding = torch.cat([chunk[end:] for chunk, end in zip(chunks, ends, strict=True)])
-    merged = merge_alike(real, window - 1)
-    blended = torch.cat([chunks[0, :1], merged, padding[: window - 1 - len(merged)]])  # (77, D)
+    merged = merge_alike(real, WINDOW - 1)
+    blended = torch.cat([chunks[0, :1], merged, padding[: WINDOW - 1 - len(merged)]])  # (77, D)
     return blended.unsqueeze(0).to(dtype)
 
 
