@@ -20,6 +20,7 @@ from civitai_server import CivitaiServer, Fault, sha256
 from test_downloads import KEY, MIB, TESTS, leftovers, write_model
 
 import handler
+import seams
 
 ROUNDS = int(os.environ.get("STORE_ROUNDS", "2"))  # of eight workers on one folder; 20 for the long form
 KILLS = int(os.environ.get("STORE_KILLS", "30"))
@@ -31,8 +32,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiS
     """Civitai with a checkpoint and two LoRAs, which are what the settings ask for."""
     names = ["civitai_1", "detail_tweaker_xl", "hand_detail_flux_xl"]
     files = {n: write_model(tmp_path / f"{name}.origin", MIB) for n, name in zip([1, *IDS], names, strict=False)}
-    for name, value in {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "MIN_SPAN": MIB // 4}.items():
-        monkeypatch.setattr(handler, name, value)
+    seams.tune(monkeypatch, **seams.QUICK)
     with CivitaiServer(files, key=KEY) as server:
         environ = {"CIVITAI_BASE_URL": server.url, "CIVITAI_API_KEY": KEY, "MODEL_CACHE_DIR": str(tmp_path / "models")}
         for name, value in (environ | {"CHECKPOINT": "1", "LORAS": "135867,294259@0.5"}).items():
@@ -65,7 +65,7 @@ def test_all_files_side_by_side(server, tmp_path):
 def test_lora_that_cannot_be_had(server):
     """A LoRA that cannot be fetched is named with its reason; the others and the checkpoint are there."""
     server.faults[294259] = [Fault("api", status=403, times=-1)]
-    files = handler.fetch_models(handler.Settings.from_environ())
+    files = seams.fetch_models(seams.Settings.from_environ())
     assert list(files.loras) == ["detail_tweaker_xl"]
     assert files.checkpoint.exists()
     assert "294259" in files.failed["hand_detail_flux_xl"]
@@ -107,7 +107,7 @@ def test_warm_start(server):
 def test_read_only_store(server, monkeypatch):
     """Files in place serve from a store that cannot be written, recorded or not."""
     checkpoint, _ = handler.setup_models()
-    handler.record_file(checkpoint).unlink()
+    seams.record_of(checkpoint).unlink()
     server.clear()
     real = os.open
 
@@ -127,8 +127,8 @@ def test_file_put_there_by_hand(server, tmp_path):
     shutil.copy(server.files[135867], tmp_path / "detail.safetensors")
     path = handler.ensure_model_exists(config(), tmp_path)
     assert server.requests == []
-    assert handler.record_file(path).exists()
-    assert handler.recorded_sha256(path) is None
+    assert seams.record_of(path).exists()
+    assert seams.recorded_sha256(path) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "web page", "empty"])
@@ -154,13 +154,13 @@ def test_unusable_file_is_removed(server, tmp_path):
 def test_touched_file(server, tmp_path):
     """A file that was touched is hashed: taken where it is the same, fetched again where a byte has changed."""
     path = handler.ensure_model_exists(config(), tmp_path)
-    digest = handler.recorded_sha256(path)
+    digest = seams.recorded_sha256(path)
     os.utime(path)
-    assert handler.recorded_sha256(path) is None
+    assert seams.recorded_sha256(path) is None
     server.clear()
     handler.ensure_model_exists(config(), tmp_path)
     assert server.requests == []
-    assert handler.recorded_sha256(path) == digest
+    assert seams.recorded_sha256(path) == digest
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -176,22 +176,22 @@ def test_configured_hash_of_a_file_in_place(server, tmp_path):
     assert server.requests == []
     handler.ensure_model_exists(config(sha256=digest), tmp_path)
     assert path.read_bytes() == server.files[135867].read_bytes()
-    assert handler.recorded_sha256(path) == digest.lower()
+    assert seams.recorded_sha256(path) == digest.lower()
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b"{", b'{"size": "x"}', b"\xff"])
 def test_damaged_record(server, tmp_path, record):
     """A record that cannot be read is as none."""
     path = handler.ensure_model_exists(config(), tmp_path)
-    handler.record_file(path).write_bytes(record)
-    assert handler.recorded_sha256(path) is None
+    seams.record_of(path).write_bytes(record)
+    assert seams.recorded_sha256(path) is None
     assert handler.ensure_model_exists(config(), tmp_path) == path
 
 
 def test_read_ahead(tmp_path):
     """Reading ahead brings every byte of the files into the page cache."""
     paths = [write_model(tmp_path / f"{size}.safetensors", size * MIB) for size in (70, 3)]
-    ahead = handler.ReadAhead()
+    ahead = seams.read_ahead()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -208,8 +208,8 @@ def test_read_ahead(tmp_path):
 @pytest.mark.parametrize(("slow_s", "readers"), [(60, 2), (0.01, 8)])
 def test_readers(tmp_path, monkeypatch, slow_s, readers):
     """Two read ahead on a fast disk, eight where every read waits for a server; none stays when all is read."""
-    monkeypatch.setattr(handler, "READ_BYTES", MIB)
-    monkeypatch.setattr(handler, "SLOW_READ_S", slow_s)
+    seams.tune(monkeypatch, READ_BYTES=MIB)
+    seams.tune(monkeypatch, SLOW_READ_S=slow_s)
     now = most = 0
     lock = threading.Lock()
 
@@ -225,7 +225,7 @@ def test_readers(tmp_path, monkeypatch, slow_s, readers):
         return MIB
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = handler.ReadAhead()
+    ahead = seams.read_ahead()
     for i in range(3):
         ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
     while ahead.readers:
@@ -274,7 +274,7 @@ for folder, workers, kill_after in job["acts"]:
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(json.dumps([statuses, time.monotonic(), sorted(os.listdir(folder)) if os.path.isdir(folder) else []]))
 """
-FAST = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0, "CONNECTIONS": 8, "MIN_SPAN": MIB // 4}
+FAST = {**seams.QUICK_LOCKS, "SEGMENT": 32 * 1024, "BLOCK": 32 * 1024}
 Act = tuple[Path, int, float | None]  # a store, how many workers fetch into it, and when they are killed
 
 
@@ -358,14 +358,13 @@ def make_lock(folder: Path, owner: str = ELSEWHERE, mtime: float | None = None) 
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in FAST.items():
-        monkeypatch.setattr(handler, name, value)
+    seams.tune(monkeypatch, **FAST)
 
 
 def test_a_dead_worker_blocks_nobody_for_a_minute():
     """A lock without a beat is taken over within a minute, and a living worker has several beats in that time."""
-    assert handler.LOCK_DEAD_S + 2 * handler.LOCK_POLL_S < 60
-    assert handler.LOCK_BEAT_S * 4 < handler.LOCK_DEAD_S
+    assert seams.constant("LOCK_DEAD_S") + 2 * seams.constant("LOCK_POLL_S") < 60
+    assert seams.constant("LOCK_BEAT_S") * 4 < seams.constant("LOCK_DEAD_S")
 
 
 @pytest.mark.parametrize("skew_s", [-1e6, 0, 1e6])
@@ -374,16 +373,16 @@ def test_dead_lock(server, tmp_path, hurry, skew_s):
     make_lock(tmp_path / "store", mtime=time.time() + skew_s)
     started = time.monotonic()
     handler.ensure_model_exists(config(), tmp_path / "store")
-    assert handler.LOCK_DEAD_S < time.monotonic() - started < handler.LOCK_DEAD_S + 3
+    assert seams.constant("LOCK_DEAD_S") < time.monotonic() - started < seams.constant("LOCK_DEAD_S") + 3
     assert leftovers(tmp_path) == []
 
 
 def test_living_lock(server, tmp_path, hurry):
     """A lock whose beat goes on is waited for, and what its owner has fetched is taken."""
     lock = make_lock(tmp_path / "store")
-    waiting = handler.in_background(handler.ensure_model_exists, config(), tmp_path / "store")
+    waiting = seams.in_background(handler.ensure_model_exists, config(), tmp_path / "store")
     for beat in range(6, 66):
-        time.sleep(handler.LOCK_DEAD_S / 30)
+        time.sleep(seams.constant("LOCK_DEAD_S") / 30)
         lock.write_text(f"{ELSEWHERE} {beat}")
     assert not waiting.done()
     assert server.requests == []
@@ -397,7 +396,7 @@ def test_lock_of_a_gone_process(server, tmp_path):
     """A lock of a process of this machine that has ended is taken over at once."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    make_lock(tmp_path / "store", f"{handler.machine()}-{ended.pid}-abcdef01")
+    make_lock(tmp_path / "store", f"{seams.machine()}-{ended.pid}-abcdef01")
     started = time.monotonic()
     handler.ensure_model_exists(config(), tmp_path / "store")
     assert time.monotonic() - started < 5
@@ -433,7 +432,7 @@ def test_part_of_another_machine(server, tmp_path, hashed):
         play((store, 1, 0.4))
         (journal,) = store.glob("*.journal")
         if where == "elsewhere":
-            journal.write_bytes(journal.read_bytes().replace(handler.machine().encode(), b"0123456789ab", 1))
+            journal.write_bytes(journal.read_bytes().replace(seams.machine().encode(), b"0123456789ab", 1))
         server.rate = None
         server.faults[135867] = [] if hashed else [Fault("info", status=404, times=-1)]
         path = handler.ensure_model_exists(config(), store)
@@ -458,7 +457,7 @@ def test_leftovers_without_their_other_half(server, tmp_path):
     """A part without its journal, a journal without its part and a record half written are deleted."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    owner = f"{handler.machine()}-{ended.pid}-abcdef0"
+    owner = f"{seams.machine()}-{ended.pid}-abcdef0"
     (tmp_path / "store").mkdir()
     for n, kind in enumerate(["part", "journal"]):
         (tmp_path / "store" / f".detail.safetensors.{owner}{n}.{kind}").write_bytes(b"{")
@@ -484,7 +483,7 @@ def test_torn_journal(server, tmp_path):
     (journal,) = (tmp_path / "store").glob("*.journal")
     journal.write_bytes(journal.read_bytes()[:-7])
     path = handler.ensure_model_exists(config(), tmp_path / "store")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == handler.recorded_sha256(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == seams.recorded_sha256(path)
 
 
 def test_given_up_and_tried_again(server, tmp_path):
@@ -504,7 +503,7 @@ def test_no_hash_of_a_file_that_is_gone(tmp_path):
     """A file deleted from under a running worker has no recorded hash; no job fails for it."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
-    handler.write_record(path, path.stat(), "ab" * 32)
-    assert handler.recorded_sha256(path) == "ab" * 32
+    seams.write_record(path, "ab" * 32)
+    assert seams.recorded_sha256(path) == "ab" * 32
     path.unlink()
-    assert handler.recorded_sha256(path) is None
+    assert seams.recorded_sha256(path) is None
