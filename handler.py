@@ -420,17 +420,20 @@ def gpu_is_lost() -> bool:
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
-FEW, MANY = 8, 24  # connections of all files together
-WINDOW_S, TRIAL_S, TRIAL_PAUSE_S, FASTER = 0.15, 1.0, 10.0, 1.25  # how it is found out which are worth it
-HASH_BYTES, HASH_POLL_S = 16 * MIB, 0.01  # what is hashed at a time; how often more is looked for
+FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
 CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
-REPORT_S = 5.0
-FIRST_READERS, READERS = 2, 8  # at once, of all files together
-READ_BYTES, SLOW_READ_S = 32 * MIB, 0.25  # what one of them reads at a time; the same at 134 MB/s
+REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
+FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
+REFUSALS |= {
+    404: "check the version id",
+    410: "its creator or Civitai has removed it",
+    451: "not served in this region",
+}
 
 
 @dataclass(frozen=True)
@@ -443,21 +446,18 @@ class ModelFiles:
 
 
 def fetch_models(settings: Settings) -> ModelFiles:
-    """The checkpoint and all LoRAs, fetched side by side where they are not in place.
-
-    Raises DownloadError for the checkpoint, and where the files do not fit together; a LoRA that cannot be had is
-    named in `failed`.
-    """
+    """The checkpoint and all LoRAs, fetched side by side where they are not in place. Raises DownloadError for the
+    checkpoint, and where the files do not fit together; a LoRA that cannot be had is named in `failed`."""
     store, loras, failed = Store(settings), {}, {}
     store.sweep()
     checkpoint = Download(store, settings.checkpoint, settings.checkpoint_dir)
     downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
-    everything = [checkpoint, *downloads.values()]
-    wait([in_background(download.look) for download in everything], timeout=LOOK_S)
-    store.check_space(everything)
-    path, *futures = [in_background(download.ensure) for download in everything]
+    store.downloads = [checkpoint, *downloads.values()]
+    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
+    store.check_space()
+    path, *futures = [in_background(download.ensure) for download in store.downloads]
+    path.result()  # without it nothing else matters
     for name, future in zip(downloads, futures, strict=True):
-        path.result()  # without it nothing else matters
         try:
             loras[name] = future.result()
         except DownloadError as error:
@@ -485,28 +485,32 @@ def download_file(url: str, filepath: Path) -> None:
 
     Raises DownloadError; filepath never holds a partial or wrong file.
     """
-    filepath = Path(filepath)
-    config = {"name": filepath.name, "url": url, "filename": filepath.name}
-    Store(Settings.from_environ()).ensure(config, filepath.parent, again=True)
+    config = {"name": Path(filepath).name, "url": url, "filename": Path(filepath).name}
+    Store(Settings.from_environ()).ensure(config, Path(filepath).parent, again=True)
 
 
 class Store:
-    """The folders of model files, and what their downloads share: connections, space on the disk, progress.
+    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk, progress.
 
     Beside a file <name> lie, all hidden: .<name>.json, what is known of it; .<name>.lock, while a worker fetches it;
     and the files of a Part. Several workers may use one folder.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.client, self.connections = settings, Client(settings), Connections()
-        self.ahead, self.lock = ReadAhead(), threading.Lock()
-        self.downloads: list[Download] = []  # since there was none
-        self.running, self.idle = 0, threading.Event()
+        self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
+        self.session, self.connections, self.ahead = requests.Session(), Connections(), ReadAhead()
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
+        self.downloads: list[Download] = []  # that share space and progress
+        self.lock, self.running = threading.Lock(), 0
 
     def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
         """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
         once. Raises DownloadError."""
-        return Download(self, config, folder).ensure(again)
+        download = Download(self, config, folder)
+        with self.lock:
+            self.downloads = [download, *(self.downloads if self.running else ())]
+        return download.ensure(again)
 
     def sweep(self) -> None:
         """Deletes what downloads left that nobody will resume: the file is not configured any more, or in place, and
@@ -514,85 +518,113 @@ class Store:
         settings = self.settings
         wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
         wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
-        wanted = {path for path in wanted if not path.exists()}
         for file in chain(*(folder.glob(".*") for folder in {settings.checkpoint_dir, settings.lora_dir})):
             found = re.fullmatch(r"\.(.+?)\.(?:(\w+-\d+-\w+)\.(?:part|journal)|lock)", file.name)
-            if not found or file.with_name(found[1]) in wanted:
+            path = file.with_name(found[1]) if found else file
+            if not found or (path in wanted and not path.exists()):
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
-                now = os.fstat(probe.fileno()).st_mtime  # by the file server's clock
-                if is_gone(found[2] or file.read_text(errors="replace")) or now - file.stat().st_mtime > SILENT_S:
+                silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
+                if is_gone(found[2] or file.read_text(errors="replace")) or silent_s > SILENT_S:
                     file.unlink()
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
-    def check_space(self, downloads: Iterable[Download] = ()) -> None:
-        """Refuses what does not fit together, with all that is being fetched. Raises DownloadError."""
-        folders: dict[int, list[Download]] = {}
-        for download in {*self.downloads, *downloads}:
-            if download.size is not None and not download.fetched:
-                with suppress(FileNotFoundError):  # it will be made
-                    folders.setdefault(download.model.path.parent.stat().st_dev, []).append(download)
-        for together in folders.values():
-            volume = os.statvfs(together[0].model.path.parent)
-            needed = sum(max(0, download.size - bytes_on_disk(download.model.path)) for download in together)
+    def check_space(self) -> None:
+        """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
+        volumes: dict[int, list[Download]] = {}
+        for download in self.downloads:
+            if download.size < math.inf and not download.fetched:
+                download.path.parent.mkdir(parents=True, exist_ok=True)
+                volumes.setdefault(download.path.parent.stat().st_dev, []).append(download)
+        for together in volumes.values():
+            volume = os.statvfs(together[0].path.parent)
+            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in together)
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
-                others = f" and {len(together) - 1} more files need" if together[1:] else " needs"
+                what = (
+                    f"{together[0]} needs" if len(together) == 1 else f"{together[0]} and {len(together) - 1} more need"
+                )
                 raise DownloadError(
-                    f"{together[0].model}{others} {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB "
-                    "free: take a larger network volume, or another MODEL_CACHE_DIR"
+                    f"{what} {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: take a larger "
+                    "network volume, or another MODEL_CACHE_DIR"
                 )
 
     @contextmanager
-    def counted(self, download: Download) -> Iterator[None]:
-        """Counts a download among those that share space and progress, which is shown while there are any."""
+    def progress(self) -> Iterator[None]:
+        """Shows how far all files together are, while at least one is fetched."""
         with self.lock:
-            self.downloads.append(download)
             self.running += 1
             if self.running == 1:
-                self.idle = threading.Event()
-                in_background(self.report, self.idle)
+                in_background(self.report)
         try:
             yield
         finally:
-            with self.lock:
-                self.running -= 1
-                if not self.running:
-                    self.idle.set()
-                    self.downloads.clear()
+            self.running -= 1
 
-    def report(self, idle: threading.Event) -> None:
-        """Shows how far all files together are: a bar on a terminal, a line every REPORT_S in a log."""
-        drawn = sys.stderr.isatty()
-        place = {"file": sys.stderr} if drawn else {"file": io.StringIO()}
+    def report(self) -> None:
+        """A bar on a terminal, a line every REPORT_S in a log."""
+        drawn, next_line = sys.stderr.isatty(), time.monotonic() + REPORT_S
         text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
-        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, **place) as bar:
-            while not idle.wait(0.2 if drawn else REPORT_S):
+        place = sys.stderr if drawn else io.StringIO()
+        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
+            while self.running > 0:
+                time.sleep(0.1)
                 parts = [download.part for download in self.downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
                 bar.update(sum(part.came for part in parts) - bar.n)
-                if bar.total and not drawn:
+                if bar.total and not drawn and time.monotonic() > next_line:
                     log.info("%s", bar)
+                    next_line += REPORT_S
+
+    def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
+        """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
+        Civitai's origin alone. Raises Fault."""
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
+        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
+        keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        with network_faults():
+            for _ in range(6):
+                at_home = self.key and origin(url) == origin(self.base_url)
+                key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
+                response = self.session.get(url, headers=headers | key, **keep)
+                if not response.is_redirect:
+                    return response
+                response.close()
+                url = urljoin(url, response.headers["location"])
+                scheme, host, _ = origin(url)
+                loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
+                if scheme != "https" and not (scheme == "http" and loopback):
+                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
+        raise Fault("the server redirects in circles", FEW_TRIES)
+
+    def said_by_civitai(self, response: Any) -> str:
+        """ ": <its message>" of a refusal, one short line without markup, addresses or the key; "" where it has none."""
+        try:
+            with network_faults():
+                answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "{}")
+            said = answer.get("message") or answer.get("error")
+        except (Fault, AttributeError):  # it is no JSON, or no object
+            return ""
+        if not isinstance(said, str) or re.search(r"<\s*[a-z!/]", said, re.IGNORECASE):
+            return ""
+        said = said.replace(self.key, "…") if self.key else said
+        said = re.sub(r"\S*(://|www\.|\.\w+/)\S*", "…", said)
+        said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+        return f": {said[:200]}" if said else ""
 
 
 class Connections:
-    """Places for requests: few, or many where these bring noticeably more bytes a second.
-
-    Civitai's CDN caps each connection far below what a data centre's line carries, and then all are needed; where
-    nothing is capped, those beyond a few cost CPU alone. `with connections` waits for a place.
-    """
+    """Places for requests; `with` waits for one. Civitai's CDN caps each connection far below what a data centre's line
+    carries, and then all are needed; where they are fast, those beyond a few cost CPU alone."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.busy, self.usual, self.most = 0, FEW, FEW  # in use, known to be good, allowed just now
-        self.came, self.rate = 0, 0.0  # bytes in this window; bytes a second in the usual one before
-        self.since = self.tried = self.reduced = -math.inf
+        self.busy, self.most, self.limit, self.reduced = 0, FEW, FEW, -math.inf
 
     def __enter__(self) -> None:
         with self.changed:
             self.changed.wait_for(lambda: self.busy < self.most)
-            if not self.busy:
-                self.since, self.came = time.monotonic(), 0
             self.busy += 1
 
     def __exit__(self, *_: object) -> None:
@@ -600,30 +632,19 @@ class Connections:
             self.busy -= 1
             self.changed.notify()
 
-    def count(self, size: int) -> None:
-        """Bytes came: at the end of a window, tries many connections, or judges them."""
+    def count(self, size: int, seconds: float) -> None:
+        """A request has brought so many bytes so far: more at once where they come slowly, or again after a fault."""
         with self.changed:
-            now, self.came = time.monotonic(), self.came + size
-            if now - self.since < WINDOW_S:
-                return
-            rate, self.came, self.since = self.came / (now - self.since), 0, now
-            if self.most > self.usual:
-                if rate > FASTER * self.rate:
-                    self.usual = self.most
-                elif now - self.tried > TRIAL_S:
-                    self.most = self.usual
-                return
-            rising, self.rate = rate > FASTER * self.rate, rate
-            if not rising and now - self.tried > TRIAL_PAUSE_S:
-                self.most, self.tried = MANY, now
-                self.changed.notify_all()
+            if self.limit == FEW and seconds > JUDGED_S and size / seconds < FAST:
+                self.most = self.limit = MANY
+            self.most = min(self.most + 1, self.limit)
+            self.changed.notify_all()
 
     def reduce(self, began: float) -> None:
         """Half as many, after the fault of a request that began since the last time."""
         with self.changed:
             if began > self.reduced:
-                self.usual = self.most = max(min(self.busy, self.most) // 2, 1)
-                self.reduced = self.tried = time.monotonic()
+                self.most, self.reduced = max(min(self.busy, self.most) // 2, 1), time.monotonic()
 
 
 class ReadAhead:
@@ -653,7 +674,6 @@ class ReadAhead:
 
     def read(self) -> None:
         """Reads what is to be read; a chunk that cannot be is left to whoever needs it."""
-        buffers = [bytearray(MIB)] * (READ_BYTES // MIB)  # all the same memory: the bytes go nowhere
         while True:
             with self.lock:  # in one step: else a file added just then would find this reader counted
                 if not self.todo:
@@ -662,22 +682,21 @@ class ReadAhead:
                 path, offset = self.todo.popleft()
             started = time.monotonic()
             try:
-                with path.open("rb", buffering=0) as file:
-                    if not all(is_cached(file, at) for at in range(offset, offset + READ_BYTES, MIB)):
-                        os.preadv(file.fileno(), buffers, offset)
+                read_chunk(path, offset)
             except OSError as error:
                 log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
             if time.monotonic() - started > SLOW_READ_S:
                 self.start_reader(READERS)
 
 
-def is_cached(file: Any, offset: int) -> bool:
-    """Whether a byte of an open file can be had without waiting; False where the file system cannot tell."""
-    try:
-        os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
-    except OSError:
-        return False
-    return True
+def read_chunk(path: Path, offset: int) -> None:
+    """Brings READ_BYTES of a file into the page cache, unless all are there already."""
+    with path.open("rb", buffering=0) as file:
+        try:
+            for at in range(offset, offset + READ_BYTES, MIB):
+                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+        except OSError:  # not there, or the file system cannot tell; the buffers are all the same memory
+            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)
 
 
 # what is in place
@@ -688,15 +707,14 @@ def record_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-def untouched_record(path: Path, stat: os.stat_result) -> tuple[dict[str, Any], bool]:
-    """The note on a file, {} where none can be read, and whether the file is still the one that was noted. The times
-    are both the file server's, so its clock does not matter."""
+def read_record(path: Path) -> tuple[str | None, bool]:
+    """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
+    server's, so its clock does not matter."""
     try:
-        record = json.loads(record_file(path).read_bytes())
-    except (OSError, ValueError):
-        record = {}
-    record = record if isinstance(record, dict) else {}
-    return record, (record.get("size"), record.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+        stat, record = path.stat(), json.loads(record_file(path).read_bytes())
+        return record["sha256"], (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError, LookupError, TypeError):  # there is none that can be read
+        return None, False
 
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
@@ -709,72 +727,42 @@ def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
 def recorded_sha256(path: Path) -> str | None:
     """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, was put
     there by hand, or has gone."""
-    try:
-        record, untouched = untouched_record(path, path.stat())
-    except FileNotFoundError:
-        return None
-    return record.get("sha256") if untouched else None
+    sha256, untouched = read_record(path)
+    return sha256 if untouched else None
 
 
 def content_problem(path: Path, name: str) -> str:
     """Why a file cannot be a model, "" where it can. A safetensors header tells the size of the whole file."""
     if path.stat().st_size == 0:
         return "is empty"
-    if not name.endswith(".safetensors"):
-        return ""
     try:
-        with safetensors.safe_open(path, framework="np"):
-            return ""
+        if name.endswith(".safetensors"):
+            with safetensors.safe_open(path, framework="np"):
+                pass
     except (safetensors.SafetensorError, OSError):
         return "is no whole safetensors file"
+    return ""
 
 
 WRONG_HASH = "has another SHA256 than the published file"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A file to be had: what it is called, where it comes from and where it goes."""
+def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
+    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
+    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
+    wanted = dict(parse_qsl(query))
 
-    name: str
-    url: str
-    path: Path
-    version: str  # Civitai's model version id; "" for a file from elsewhere
-    sha256: str | None  # that the file must have whatever Civitai says
+    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
+        metadata = file.get("metadata") or {}
+        asked = sum(metadata.get(name) == value for name, value in wanted.items())
+        same_size = abs(file.get("sizeKB", 0) * 1024 - size) < 1
+        return same_size, file.get("type") == wanted.get("type"), asked, bool(file.get("primary"))
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any], folder: Path, base_url: str) -> Model:
-        """A config's file, at the server that CIVITAI_BASE_URL names."""
-        url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: base_url, config["url"])
-        version = version_id(config) if url.startswith(f"{base_url}/") else ""
-        sha256 = config.get("sha256")
-        return cls(config["name"], url, folder / config["filename"], version, sha256 and sha256.lower())
-
-    def __str__(self) -> str:
-        return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
-
-    def problem(self) -> str:
-        """Why the file in place cannot be used, "" where it can. One that was touched since it was recorded, or put
-        there by hand, is checked: by its header, and by its hash where one is known."""
-        if not self.path.exists():
-            return "is missing"
-        stat = self.path.stat()
-        record, untouched = untouched_record(self.path, stat)
-        expected = self.sha256 or record.get("sha256")
-        if untouched and record.get("sha256") == expected:
-            return ""
-        if problem := content_problem(self.path, self.path.name):
-            return problem
-        if expected:
-            with self.path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return WRONG_HASH
-        with suppress(OSError):  # a volume may be read-only
-            write_record(self.path, stat, expected)
-        return ""
+    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
+    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
 
 
-# HTTP
+# what can go wrong
 
 
 class Fault(Exception):
@@ -787,6 +775,10 @@ class Fault(Exception):
 
 class WrongFile(Exception):
     """What came is not the file that was asked for."""
+
+
+class LockLost(Exception):
+    """Another worker took the lock over, since it saw no beat of ours."""
 
 
 @contextmanager
@@ -802,94 +794,27 @@ def network_faults() -> Iterator[None]:
         raise Fault(f"the connection failed ({type(error).__name__})") from None
 
 
+@contextmanager
+def disk_errors(download: Download) -> Iterator[None]:
+    """Turns what the file system refuses into DownloadError, its path for the log alone."""
+    try:
+        yield
+    except OSError as error:
+        advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
+            advice = "the model store is full, or its quota is used up: take a larger network volume"
+        raise DownloadError(f"{download} cannot be stored, {advice}", detail=error) from error
+
+
 def origin(url: str) -> tuple[str, str | None, int | None]:
     """Scheme, host and port, which a key is bound to: "https://civitai.com/a?b" -> ("https", "civitai.com", 443)."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-class Client:
-    """HTTP as Civitai wants it: the key for its host alone, redirects to https or this very machine alone."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.base_url, self.key = settings.civitai_base_url, settings.civitai_api_key
-        self.session = requests.Session()
-        for scheme in ("https://", "http://"):
-            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
-
-    def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
-        """The open response at the end of a chain of redirects. Raises Fault."""
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        if byte_range:
-            headers["Range"] = f"bytes={byte_range}"
-        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
-        keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
-        with network_faults():
-            for _ in range(6):
-                at_home = self.key and origin(url) == origin(self.base_url)
-                key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
-                response = self.session.get(url, headers=headers | key, **keep)
-                if not response.is_redirect:
-                    return response
-                response.close()
-                url = urljoin(url, response.headers["location"])
-                scheme, host, _ = origin(url)
-                loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
-                if scheme != "https" and not (scheme == "http" and loopback):
-                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
-        raise Fault("the server redirects in circles", FEW_TRIES)
-
-    def listing(self, version: str) -> dict[str, Any]:
-        """What Civitai publishes about a model version. Raises Fault with what came instead."""
-        url = f"{self.base_url}/api/v1/model-versions/{version}"
-        with network_faults(), self.get(url, stall_s=LISTING_S) as response:
-            body = response.content
-        if response.status_code != 200:
-            raise Fault(f"it answered {response.status_code}{self.said_by_civitai(response)}")
-        if not body.strip():
-            raise Fault("its answer is empty")
-        if response.headers.get("content-type", "").startswith("text/html"):
-            raise Fault("it answered with a web page")
-        try:
-            listing = json.loads(body)
-        except ValueError:
-            raise Fault("its answer is not JSON") from None
-        if not isinstance(listing, dict):
-            raise Fault("its answer is not a listing")
-        return listing
-
-    def said_by_civitai(self, response: Any) -> str:
-        """ ": <its message>" of a refusal, one short line without markup, addresses or the key; "" where it has none."""
-        try:
-            with network_faults():
-                answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "")
-            said = answer.get("message") or answer.get("error")
-        except (Fault, AttributeError):
-            return ""
-        if not isinstance(said, str) or re.search(r"<\s*[a-z!/]", said, re.IGNORECASE):
-            return ""
-        said = said.replace(self.key, "…") if self.key else said
-        said = re.sub(r"\S*(://|www\.|\.\w+/)\S*", "…", said)
-        said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-        return f": {said[:200]}" if said else ""
-
-
-def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
-    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
-    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
-    wanted = dict(parse_qsl(query))
-
-    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
-        metadata = file.get("metadata") or {}
-        return (
-            abs(file.get("sizeKB", 0) * 1024 - size) < 1,
-            file.get("type") == wanted.get("type"),
-            sum(metadata.get(name) == value for name, value in wanted.items()),
-            bool(file.get("primary")),
-        )
-
-    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
-    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
+def tag_of(response: Any) -> str:
+    """What changes with a file: its ETag, else its date."""
+    return response.headers.get("etag") or response.headers.get("last-modified", "")
 
 
 # one worker at a time
@@ -913,18 +838,14 @@ def new_owner() -> str:
 def is_gone(owner: str) -> bool:
     """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
     found = re.match(r"(\w+)-(\d+)-\w+", owner)
-    if found and found[1] == machine():
+    if not found or found[1] != machine():
+        return False
+    with suppress(PermissionError):
         try:
             os.kill(int(found[2]), 0)
         except ProcessLookupError:
             return True
-        except PermissionError:
-            return False
     return False
-
-
-class LockLost(Exception):
-    """Another worker took the lock over, since it saw no beat of ours."""
 
 
 class StoreLock:
@@ -936,10 +857,9 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file, self.owner = path, path.with_name(f".{path.name}.lock"), new_owner()
+        self.name, self.file, self.owner = path.name, path.with_name(f".{path.name}.lock"), new_owner()
         self.dead: set[str] = set()  # whose locks were taken over
-        self.waited = False
-        self.released = threading.Event()
+        self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
         seen, since = "", time.monotonic()
@@ -948,20 +868,20 @@ class StoreLock:
             if beat != seen:
                 seen, since = beat, time.monotonic()
             if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
-                log.warning("%s: the worker that was fetching it is gone; taking over", self.path.name)
+                log.warning("%s: the worker that was fetching it is gone; taking over", self.name)
                 self.dead.add(beat.split(" ")[0])
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
             if not self.waited:
-                log.info("%s: another worker is fetching it; waiting", self.path.name)
+                log.info("%s: another worker is fetching it; waiting", self.name)
             self.waited = True
             time.sleep(LOCK_POLL_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.released.set()
-        if self.is_ours():
+        if self.read().startswith(self.owner):
             self.file.unlink(missing_ok=True)
 
     def take(self) -> bool:
@@ -976,15 +896,15 @@ class StoreLock:
 
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
-        count, failed = 0, False
+        beats, failed = 0, False
         while not self.released.wait(LOCK_BEAT_S):
-            count += 1
+            beats += 1
             try:
-                os.pwrite(descriptor, f"{self.owner} {count}".encode(), 0)
+                os.pwrite(descriptor, f"{self.owner} {beats}".encode(), 0)
                 os.fsync(descriptor)  # a network file system shows it to others now
             except OSError as error:  # a full disk, a stale handle: it may pass before others take the lock for dead
                 if not failed:
-                    log.warning("%s: the lock's beat cannot be written: %s", self.path.name, error.strerror)
+                    log.warning("%s: the lock's beat cannot be written: %s", self.name, error.strerror)
                 failed = True
         os.close(descriptor)
 
@@ -995,16 +915,12 @@ class StoreLock:
         except FileNotFoundError:
             return ""
 
-    def is_ours(self) -> bool:
-        """Whether nobody has taken the lock over."""
-        return self.read().startswith(self.owner)
-
 
 # the bytes of one file
 
 
 def part_files(path: Path, owner: str) -> tuple[Path, Path]:
-    """Where an owner's part of a file lies."""
+    """Where an owner's part of a file lies: its bytes, its journal."""
     return path.with_name(f".{path.name}.{owner}.part"), path.with_name(f".{path.name}.{owner}.journal")
 
 
@@ -1030,15 +946,16 @@ class Part:
     .<name>.<owner>.journal   a line that says what they are of, then a byte for each segment: 1 where it has come
     """
 
-    def __init__(self, path: Path, lock: StoreLock, source: Source, identity: str, hashed: bool) -> None:
+    def __init__(self, path: Path, lock: StoreLock, size: float, identity: str, hashed: bool) -> None:
         """identity: what tells this file's bytes from others. hashed: whether a hash will find lost writes in the end;
         else bytes that came on another machine, or before this one crashed, do not count."""
-        self.path, self.dead, self.size, self.identity, self.hashed = path, lock.dead, source.size, identity, hashed
+        self.path, self.dead, self.size, self.identity, self.hashed = path, lock.dead, size, identity, hashed
         self.data, self.journal = part_files(path, lock.owner)
         self.header = f"{identity} {machine()}\n".encode()
+        self.segments = 0 if size == math.inf else -(-size // SEGMENT)
         self.done: set[int] = set()
-        self.expected = self.came = 0  # bytes that were missing at first, and that have come since
-        self.lock, self.open, self.ended = threading.Lock(), True, threading.Event()
+        self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
+        self.given_up, self.came = False, 0
 
     def __enter__(self) -> Part:
         """Opens the part, with what a dead worker left of the same file."""
@@ -1053,13 +970,13 @@ class Part:
         self.data.touch()
         # open until the last thread that uses this part lets go of it: a number closed earlier could be another file's
         self.marks, self.bytes = self.journal.open("r+b", buffering=0), self.data.open("r+b", buffering=0)
-        self.todo = deque(i for i in range(self.count()) if i not in self.done)
-        self.expected = sum(end - start for start, end in map(self.bounds, self.todo))
+        self.todo = deque(segment for segment in range(self.segments) if segment not in self.done)
+        self.expected = sum(self.end(segment) - segment * SEGMENT for segment in self.todo)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
-        self.open = False
+        self.given_up = True
         self.ended.set()
         keep = kind is not None and not issubclass(kind, WrongFile | OSError)
         free = part_files(self.path, f"free-0-{secrets.token_hex(4)}")
@@ -1076,15 +993,11 @@ class Part:
             self.header = header + b"\n"
             self.journal.write_bytes(self.header + marks)
             data.rename(self.data)
-            self.done = {i for i in range(min(self.count(), len(marks))) if marks[i] == 1}
+            self.done = {segment for segment, mark in enumerate(marks[: self.segments]) if mark == 1}
 
-    def count(self) -> int:
-        """How many segments the file has; 0 where its size is not known."""
-        return 0 if self.size == math.inf else -(-self.size // SEGMENT)
-
-    def bounds(self, segment: int) -> tuple[int, int]:
-        """Where a segment starts and ends."""
-        return segment * SEGMENT, min((segment + 1) * SEGMENT, self.size)
+    def end(self, segment: int) -> int:
+        """Where a segment ends."""
+        return min((segment + 1) * SEGMENT, self.size)
 
     def take(self) -> deque[int]:
         """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
@@ -1095,16 +1008,11 @@ class Part:
                 run.append(self.todo.popleft())
             return run
 
-    def give_back(self, run: deque[int]) -> None:
-        """Segments that a request did not bring."""
-        with self.lock:
-            self.todo.extendleft(reversed(run))
-
     def write(self, start: int, block: bytes) -> None:
         """Puts a block into its place."""
         view = memoryview(block)
         with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
-            if not self.open:
+            if self.given_up:
                 raise Fault("the download was given up")
             while view:
                 written = os.pwrite(self.bytes.fileno(), view, start)
@@ -1116,16 +1024,14 @@ class Part:
             os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
             self.done.add(segment)
             self.came += size
-            if len(self.done) == self.count():
+            if len(self.done) == self.segments:
                 self.ended.set()
 
     def sha256(self) -> str:
-        """The hash of the whole file, made behind the front of what has come.
-
-        Of the mapped file, as safetensors maps it later: reading would copy every byte once more.
-        """
+        """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
+        it later: reading would copy every byte once more."""
         digest, at, front = hashlib.sha256(), 0, 0
-        while at < self.size and self.open:
+        while at < self.size and not self.given_up:
             while front in self.done:
                 front += 1
             end = min(front * SEGMENT, self.size, at + HASH_BYTES)
@@ -1150,37 +1056,18 @@ class Part:
             file.unlink(missing_ok=True)
 
 
-REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
-REFUSALS |= {404: "check the version id", 410: "its creator or Civitai has removed it"}
-REFUSALS |= {451: "Civitai does not serve it where this worker runs"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a file's bytes come from, as the server describes it."""
-
-    link: str
-    size: float  # bytes; inf where the server does not tell
-    tag: str  # what changes with the file: its ETag, else its date
-    whole: Any  # the open response with the whole file, where the server has no ranges
-
-    @staticmethod
-    def tag_of(response: Any) -> str:
-        return response.headers.get("etag") or response.headers.get("last-modified", "")
-
-
 class Patience:
     """How long the faults of one file are borne: some tries in a row, and PATIENCE_S without a byte."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.lock, self.resume = model, threading.Lock(), 0.0
+    def __init__(self) -> None:
+        self.lock, self.resume = threading.Lock(), 0.0
         self.progressed()
 
     def progressed(self) -> None:
         """Bytes came: faults count from here again."""
         self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
 
-    def bear(self, fault: Fault, began: float = math.inf) -> float:
+    def bear(self, what: Download, fault: Fault, began: float = math.inf) -> float:
         """Seconds to wait before the next try. Raises DownloadError where there have been enough.
 
         began: when the request was sent; those of before the last wait's end are part of the fault waited for.
@@ -1192,66 +1079,94 @@ class Patience:
                 backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
                 self.resume = now + (fault.wait_s or backoff)
                 if self.faults >= fault.tries or self.resume > self.deadline:
-                    message = f"{self.model} cannot be downloaded: {fault}"
+                    message = f"{what} cannot be downloaded: {fault}"
                     raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
-                log.warning("%s: %s; trying again in %.1f s", self.model, fault, self.resume - now)
+                log.warning("%s: %s; trying again in %.1f s", what, fault, self.resume - now)
             return max(0.0, self.resume - now)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a file's bytes come from, as the server describes it."""
+
+    link: str
+    size: float  # bytes; inf where the server does not tell
+    tag: str
+    whole: Any  # the open response with the whole file, where the server has no ranges
+
+
 class Download:
-    """One file on its way into the store.
+    """One file: what it is called, where it comes from and goes, and its way into the store.
 
     Not by hf_transfer: 0.1.9 resumes nothing, holds the GIL throughout, and takes a wrong answer for the file.
     """
 
     def __init__(self, store: Store, config: Mapping[str, Any], folder: Path) -> None:
-        self.store, self.client = store, store.client
-        self.model = Model.of(config, folder, self.client.base_url)
-        self.found: Source | None = None  # by look()
-        self.size: int | None = None  # bytes, once the server has told it
-        self.part: Part | None = None
-        self.fetched, self.renewing = False, threading.Lock()
-        self.patience = Patience(self.model)
+        self.store, self.name, self.path = store, config["name"], folder / config["filename"]
+        self.url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: store.base_url, config["url"])
+        self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
+        self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
+        self.source: Source | None = None
+        self.size, self.part, self.fetched = math.inf, None, False
+        self.patience, self.renewing = Patience(), threading.Lock()
+
+    def __str__(self) -> str:
+        return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
+
+    def problem(self) -> str:
+        """Why the file in place cannot be used, "" where it can. One that was touched since it was recorded, or put
+        there by hand, is checked: by its header, and by its hash where one is known."""
+        if not self.path.exists():
+            return "is missing"
+        recorded, untouched = read_record(self.path)
+        expected = self.sha256 or recorded
+        if untouched and recorded == expected:
+            return ""
+        stat = self.path.stat()
+        if problem := content_problem(self.path, self.path.name):
+            return problem
+        if expected:
+            with self.path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return WRONG_HASH
+        with suppress(OSError):  # a volume may be read-only
+            write_record(self.path, stat, expected)
+        return ""
 
     def look(self) -> None:
         """Asks for the size of a file that is not in place; a server that does not answer is asked again later."""
-        if self.model.problem():
+        if self.problem():
             with suppress(Fault):
-                source = self.ask()
-                if source.whole:
-                    source.whole.close()
-                else:
-                    self.found = source
+                self.source = self.ask()
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
-        with disk_errors(self.model):
-            if again or self.model.problem():
-                self.model.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.store.counted(self):
+        with disk_errors(self):
+            if again or self.problem():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.store.progress():
                     while not self.take_turn(again):
-                        log.warning("%s: another worker has taken it over", self.model)
+                        log.warning("%s: another worker has taken it over", self)
             if not self.fetched:  # what was fetched is in the page cache
-                self.store.ahead.add(self.model.path)
-        return self.model.path
+                self.store.ahead.add(self.path)
+        return self.path
 
     def take_turn(self, again: bool) -> bool:
         """Fetches the file, unless another worker has done so while this one waited. False where the lock was lost."""
-        path = self.model.path
-        with StoreLock(path) as lock:
+        with StoreLock(self.path) as lock:
             if not again or lock.waited:
-                problem = self.model.problem()
+                problem = self.problem()
                 if not problem:
                     return True
-                if path.exists():
-                    log.warning("%s: the file in place %s: fetching it again", self.model, problem)
-                    path.unlink()
+                if self.path.exists():
+                    log.warning("%s: the file in place %s: fetching it again", self, problem)
+                    self.path.unlink()
             try:
                 self.fetch(lock)
             except LockLost:
                 return False
             except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
-                if self.model.problem():
+                if self.problem():
                     raise
         return True
 
@@ -1264,8 +1179,8 @@ class Download:
                 return
             except WrongFile as wrong:
                 if last:
-                    raise DownloadError(f"{self.model} was refused: what came {wrong}, twice") from None
-                log.warning("%s: what came %s: fetching it once more", self.model, wrong)
+                    raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
+                log.warning("%s: what came %s: fetching it once more", self, wrong)
 
     def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), again and again while its faults may pass."""
@@ -1273,51 +1188,50 @@ class Download:
             try:
                 return step(*args)
             except Fault as fault:
-                time.sleep(self.patience.bear(fault))
+                time.sleep(self.patience.bear(self, fault))
 
     def fetch_once(self, lock: StoreLock) -> None:
         """The file from the first request to its name. Raises WrongFile, Fault, LockLost or DownloadError."""
         started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
-        self.source = source = self.found or self.ask()
-        self.found = None
-        expected = self.model.sha256 or self.listed_sha256(source.size)
-        told = secrets.token_hex() if source.whole else f"{urlsplit(self.model.url).path} {source.size} {source.tag}"
+        source = self.source if self.source and not self.part and not self.source.whole else self.ask()
+        self.source = source
+        expected = self.sha256 or self.listed_sha256(source.size)
+        told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
         identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()  # of one stream: of no use to another
         # 2. room for it, and what others left of it
         self.store.check_space()
-        with Part(self.model.path, lock, source, identity, expected is not None) as part:
+        with Part(self.path, lock, source.size, identity, bool(expected)) as part:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
             self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
             # 4. checks, and its name
-            if problem := content_problem(part.data, self.model.path.name):
+            if problem := content_problem(part.data, self.path.name):
                 raise WrongFile(problem)
-            if expected not in (None, hashing.result()):
+            if expected and hashing.result() != expected:
                 raise WrongFile(WRONG_HASH)
-            if not lock.is_ours():
+            if not lock.read().startswith(lock.owner):
                 raise LockLost
             part.publish(hashing.result())
         self.fetched, seconds = True, time.monotonic() - started
         note = "SHA256 verified" if expected else "no SHA256 to verify it by"
-        log.info("%s: %.1f MB in %.1f s, %s", self.model, part.size / MB, seconds, note)
+        log.info("%s: %.1f MB in %.1f s, %s", self, part.size / MB, seconds, note)
 
     def ask(self) -> Source:
-        """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
-        response = self.client.get(self.model.url, "0-0")
+        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte."""
+        response = self.store.get(self.url, "0-0")
         self.check_status(response)
         if response.status_code == 200:
             length = response.headers.get("content-length")
-            source = Source(response.url, int(length) if length else math.inf, Source.tag_of(response), response)
+            self.size, whole = int(length) if length else math.inf, response
         else:
             found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
             response.close()
             if not found:
                 raise Fault("the server described a range wrongly", FEW_TRIES)
-            source = Source(response.url, int(found[1]), Source.tag_of(response), None)
-        self.size = None if source.size == math.inf else source.size
-        return source
+            self.size, whole = int(found[1]), None
+        return Source(response.url, self.size, tag_of(response), whole)
 
     def check_status(self, response: Any) -> None:
         """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
@@ -1332,22 +1246,33 @@ class Download:
             with suppress(urllib3.exceptions.InvalidHeader):
                 wait_s = urllib3.util.Retry().get_retry_after(response.raw)
             raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
-        elif origin(response.url) != origin(self.model.url):
+        elif origin(response.url) != origin(self.url):
             raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
         else:
-            said += f"{self.client.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
+            said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
 
     def listed_sha256(self, size: float) -> str | None:
         """The hash that Civitai publishes for the file of `size` bytes; None where it tells none."""
-        for _ in range(2 if self.model.version else 0):
+        why = ""
+        for _ in range(2 if self.version else 0):
             try:
-                files = self.client.listing(self.model.version)["files"]
-                return pick_sha256(files, size, urlsplit(self.model.url).query)
+                url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
+                with self.store.get(url, stall_s=LISTING_S) as response, network_faults():
+                    status, body = response.status_code, response.content
+                if status == 200:
+                    return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
+                why = f"it answered {status}{self.store.said_by_civitai(response)}"
             except Fault as fault:
-                log.warning("%s: Civitai tells no hash: %s", self.model, fault)
-            except (KeyError, TypeError, AttributeError):
-                log.warning("%s: Civitai tells no hash: its listing has no files of the known form", self.model)
+                why = str(fault)
+            except ValueError:
+                is_page = body.lstrip()[:1] == b"<"
+                why = (
+                    "a web page came" if is_page else "what came is not JSON" if body.strip() else "its answer is empty"
+                )
+            except (LookupError, TypeError, AttributeError):
+                why = "its listing has not the form that is known"
+            log.warning("%s: Civitai tells no hash: %s", self, why)
         return None
 
     def fetch_whole(self, part: Part) -> None:
@@ -1357,8 +1282,7 @@ class Download:
                 reached = self.receive(response, part, segment)
                 if reached < (segment + 1) * SEGMENT:
                     break
-        if part.size == math.inf:
-            part.size = reached
+        part.size = reached if part.size == math.inf else part.size
         if reached < part.size:
             raise Fault("the server ended the file early")
 
@@ -1370,45 +1294,44 @@ class Download:
 
     def fetch_runs(self, part: Part) -> None:
         """Fetches segments as long as there are any; waits after a fault, and asks for a new link."""
-        while part.open and (run := part.take()):
+        while not part.given_up and (run := part.take()):
             source = self.source
             with self.store.connections:
                 began = time.monotonic()
                 try:
-                    self.fetch_run(part, run, source)
+                    self.fetch_run(part, run, source, began)
                     continue
                 except Fault as error:
                     fault = error
-            part.give_back(run)
-            if part.open:
+            with part.lock:
+                part.todo.extendleft(reversed(run))
+            if not part.given_up:
                 self.store.connections.reduce(began)
-                part.ended.wait(self.patience.bear(fault, began))
+                part.ended.wait(self.patience.bear(self, fault, began))
                 self.renew(part, source)
 
-    def fetch_run(self, part: Part, run: deque[int], source: Source) -> None:
+    def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
         """One request for a run of segments; those that come leave the run."""
-        start, end = part.bounds(run[0])[0], part.bounds(run[-1])[1]
-        with network_faults(), self.client.get(source.link, f"{start}-{end - 1}") as response:
+        first, start = run[0], run[0] * SEGMENT
+        with network_faults(), self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
             self.check_status(response)
             described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
             if not described or (int(described[1]), int(described[2])) != (start, source.size):
                 raise Fault("the server ignored a range")
-            if Source.tag_of(response) != source.tag:
+            if tag_of(response) != source.tag:
                 raise Fault("the server sent another file")
             while run:
-                if self.receive(response, part, run[0]) < part.bounds(run[0])[1]:
+                if self.receive(response, part, run[0]) < part.end(run[0]):
                     raise Fault("the server ended a range early")
-                run.popleft()
+                self.store.connections.count((run.popleft() - first + 1) * SEGMENT, time.monotonic() - began)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body, marks it where they are all there, and returns where they end."""
-        start, end = part.bounds(segment)
-        at = start
+        at, start, end = segment * SEGMENT, segment * SEGMENT, part.end(segment)
         while at < end and (block := response.raw.read(min(BLOCK, end - at), decode_content=False)):
             part.write(at, block)
             at += len(block)
-            self.store.connections.count(len(block))
-        if at == end or (at > start and part.size == math.inf):
+        if at > start and (at == end or part.size == math.inf):
             part.mark(segment, at - start)
             self.patience.progressed()
         return at
@@ -1425,19 +1348,6 @@ class Download:
             if (new.size, new.tag) != (source.size, source.tag):
                 raise WrongFile("has changed in mid-download")
             self.source = new
-
-
-@contextmanager
-def disk_errors(model: Model) -> Iterator[None]:
-    """Turns what the file system refuses into DownloadError, its path for the log alone."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
-            advice = "the model store is full, or its quota is used up: take a larger network volume"
-        else:
-            advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
-        raise DownloadError(f"{model} cannot be stored, {advice}", detail=error) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

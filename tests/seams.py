@@ -15,7 +15,7 @@ import handler
 Settings, fetch_models, recorded_sha256 = handler.Settings, handler.fetch_models, handler.recorded_sha256
 log, in_background = handler.log, handler.in_background
 machine, pick_sha256, origin = handler.machine, handler.pick_sha256, handler.origin
-QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 0.5, "SEGMENT": 64 * 1024, "BLOCK": 64 * 1024}
+QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 1.5, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
 QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0}
 
 
@@ -32,8 +32,8 @@ def constant(name: str) -> float:
 
 def model_address(config: dict, folder: Path) -> tuple[str, str]:
     """The address that is asked for a config's file, and its version id at Civitai, "" for one from elsewhere."""
-    model = handler.Model.of(config, folder, handler.Settings.from_environ().civitai_base_url)
-    return model.url, model.version
+    download = handler.Download(handler.Store(handler.Settings.from_environ()), config, folder)
+    return download.url, download.version
 
 
 def record_of(path: Path) -> Path:

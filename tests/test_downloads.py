@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seams
 from civitai_server import CivitaiServer, Fault, sha256
 
 import handler
-import seams
 
 ID = 135867
 KEY = "key-of-the-tests"
@@ -302,7 +302,10 @@ def test_bad_url(server, tmp_path, url):
 
 def test_patience_is_five_minutes():
     """Passing faults are borne for at most five minutes without progress: RunPod gives a start seven."""
-    longest = sum(min(seams.constant("FIRST_BACKOFF_S") * 2**n, seams.constant("LAST_BACKOFF_S")) for n in range(seams.constant("TRIES") - 1))
+    longest = sum(
+        min(seams.constant("FIRST_BACKOFF_S") * 2**n, seams.constant("LAST_BACKOFF_S"))
+        for n in range(seams.constant("TRIES") - 1)
+    )
     assert longest < seams.constant("PATIENCE_S") <= 300
     assert seams.constant("STALL_S") == 30
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seams
 from civitai_server import CivitaiServer, Fault, sha256
 from test_downloads import KEY, MIB, TESTS, leftovers, write_model
 
 import handler
-import seams
 
 ROUNDS = int(os.environ.get("STORE_ROUNDS", "2"))  # of eight workers on one folder; 20 for the long form
 KILLS = int(os.environ.get("STORE_KILLS", "30"))
