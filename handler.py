@@ -599,7 +599,7 @@ class Store:
         raise Fault("the server redirects in circles", FEW_TRIES)
 
     def said_by_civitai(self, response: Any) -> str:
-        """ ": <its message>" of a refusal, one short line without markup, addresses or the key; "" where it has none."""
+        """Civitai's message, after ": ": one short line without markup, addresses or the key; "" where it has none."""
         try:
             with network_faults():
                 answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "{}")

@@ -242,6 +242,89 @@ def is_cached(descriptor: int, offset: int) -> bool:
         return False
 
 
+def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
+    """A chunk that cannot be read ahead is logged and left out; all others are read."""
+    seams.tune(monkeypatch, READ_BYTES=MIB)
+    read, real = [], os.preadv
+
+    def preadv(descriptor: int, buffers: list, offset: int, flags: int = 0) -> int:
+        if flags == os.RWF_NOWAIT:
+            raise BlockingIOError
+        if offset < 4 * MIB:
+            raise OSError(5, "Input/output error")
+        read.append(offset)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    ahead = seams.read_ahead()
+    ahead.add(write_model(tmp_path / "a.safetensors", 20 * MIB))
+    while ahead.readers:
+        time.sleep(0.01)
+    assert sorted(read) == list(range(4 * MIB, 21 * MIB, MIB))
+    assert "cannot be read ahead" in caplog.text
+
+
+# room on the disk
+
+
+def test_no_room_for_all(server, tmp_path, monkeypatch):
+    """Files that fit one by one but not together are refused before the first byte, with the sum in MB."""
+    real = os.statvfs
+    blocks = int(2.5 * MIB) // 4096
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: os.statvfs_result((4096, 4096, blocks, blocks, blocks, *real("/")[5:]))
+    )
+    with pytest.raises(handler.DownloadError, match="need 3 MB, but the model store has 3 MB free"):
+        handler.setup_models()
+    assert server.bytes_sent("cdn") == 3  # those that ask for the sizes
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+# what nobody resumes
+
+
+@pytest.mark.parametrize("name", ["another.safetensors", "detail_tweaker_xl.safetensors", "civitai_1.safetensors"])
+@pytest.mark.parametrize("owner", ["ended here", "elsewhere", "silent elsewhere", "given up"])
+def test_sweep(server, tmp_path, owner, name):
+    """Every start deletes what downloads left of models that nobody configures, or that are in place, where their
+    worker has ended here or was silent for a day; what may be resumed, or is at work, stays."""
+    folder = tmp_path / "models" / "loras"
+    folder.mkdir(parents=True)
+    if name.startswith("detail"):
+        shutil.copy(server.files[135867], folder / name)
+    owners = {"ended here": seams.dead_owner(), "given up": "free-0-abcdef01"}
+    left = [folder / f".{name}.{owners.get(owner, ELSEWHERE)}.{kind}" for kind in ("part", "journal")]
+    left.append(folder / f".{name}.lock")
+    for file in left:
+        file.write_text(f"{owners.get(owner, ELSEWHERE)} 5")
+        if owner == "silent elsewhere":
+            os.utime(file, (time.time() - 90_000,) * 2)
+    seams.sweep()
+    swept = owner in ("ended here", "silent elsewhere")
+    assert [file.exists() for file in left] == [not swept] * 3
+
+
+def test_sweep_keeps_what_is_resumed(server, tmp_path):
+    """The part of a configured model that is missing is kept for its download, however old it is."""
+    folder = tmp_path / "models" / "checkpoints"
+    folder.mkdir(parents=True)
+    part = folder / f".civitai_1.safetensors.{seams.dead_owner()}.part"
+    part.write_bytes(b"x")
+    seams.sweep()
+    assert part.exists()
+
+
+def test_another_checkpoint(server, tmp_path, monkeypatch):
+    """A download killed, then another CHECKPOINT: nothing of the first is left."""
+    server.rate = MIB / 2
+    store = tmp_path / "models" / "checkpoints"
+    play((store, 1, 0.5))
+    assert list(store.glob(".detail.safetensors.*.part"))
+    server.rate = None
+    handler.setup_models()
+    assert sorted(file.name for file in store.iterdir()) == [".civitai_1.safetensors.json", "civitai_1.safetensors"]
+
+
 # workers that are killed, and many at once: real processes, forked from one that has its imports
 
 FORKER = """
@@ -390,6 +473,50 @@ def test_living_lock(server, tmp_path, hurry):
     lock.unlink()
     assert waiting.result(5).exists()
     assert server.requests == []
+
+
+def fail_beats(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next beats of locks cannot be written."""
+    real, failed = os.pwrite, []
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        if bytes(data).startswith(seams.machine().encode()) and len(failed) < times:
+            failed.append(descriptor)
+            raise OSError(116, "Stale file handle")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+def test_beat_that_fails_for_a_while(server, tmp_path, hurry, monkeypatch, caplog):
+    """A live lock whose beat cannot be written for a while is not taken over; the log says so once."""
+    fail_beats(monkeypatch, times=4)
+    server.faults[135867] = [Fault("cdn"), Fault("cdn", delay_s=2.5)]
+    store = tmp_path / "store"
+    workers = [seams.in_background(handler.ensure_model_exists, config(), store) for _ in range(2)]
+    assert {worker.result(60) for worker in workers} == {store / "detail.safetensors"}
+    assert "taking over" not in caplog.text
+    assert caplog.text.count("beat cannot be written") == 1
+    assert sent(server) < 1.1 * server.files[135867].stat().st_size
+
+
+def test_lock_that_was_lost(server, tmp_path, hurry):
+    """A worker whose lock was taken over does not publish over the other's file: it waits, and takes that one."""
+    server.rate = MIB / 8
+    store = tmp_path / "store"
+    fetching = seams.in_background(handler.ensure_model_exists, config(), store)
+    while not sent(server) > 3 * 65536:
+        time.sleep(0.02)
+    lock = make_lock(store)
+    server.rate = None
+    for beat in range(6, 66):
+        time.sleep(seams.constant("LOCK_DEAD_S") / 30)
+        lock.write_text(f"{ELSEWHERE} {beat}")
+    assert not (store / "detail.safetensors").exists()
+    shutil.copy(server.files[135867], store / "detail.safetensors")
+    inode = (store / "detail.safetensors").stat().st_ino
+    lock.unlink()
+    assert fetching.result(30).stat().st_ino == inode
 
 
 def test_lock_of_a_gone_process(server, tmp_path):
