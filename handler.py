@@ -7,8 +7,9 @@ The way of a job, and the order of this file:
     downloads       Civitai or the volume -> verified files in the model store
     pipeline, LoRAs files -> StableDiffusionXLPipeline on the GPU, LoRA stack merged into its weights
     prompts         A1111 text -> chunks of 75 tokens -> embeddings, blended into one 77-token tensor
+    sampling        noise, samplers and schedules as k-diffusion and A1111 have them -> latents
     images          pixels -> PNG, JPEG or WebP file that carries its recipe -> base64 or links
-    jobs            schedulers; {"input": {...}} -> checked request -> images, seed and metadata
+    jobs            {"input": {...}} -> checked request -> images, seed and metadata
     entry           the command line here, RunPod's job loop there
 
     python handler.py                      runs test_input.json and saves the images to OUTPUT_DIR
@@ -33,6 +34,7 @@ import hashlib
 import heapq
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,7 +52,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -74,7 +76,7 @@ class Lazy:
 
 
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
-requests, urllib3, tqdm = Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
+np, requests, urllib3, tqdm = Lazy("numpy"), Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
 aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
@@ -2261,6 +2263,672 @@ def fill_up(embeds: Any, filling: Any, length: int) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# sampling
+#
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
+# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
+# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
+# float32 (n, 4, height/8, width/8) on the UNet's device.
+
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
+
+# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
+
+
+def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+    """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
+    return (following**2 - up**2) ** 0.5, up
+
+
+def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """Euler steps down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        x = x + (x - denoised) / sigma * (down - sigma)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        end = x + slope * (following - sigma)
+        if following > 0:
+            slope = (slope + (end - (yield end, following)) / following) / 2
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Linear multistep of order 4: the polynomial through the last slopes, integrated over the step. Two Gauss-Legendre
+    nodes do that exactly for a cubic, without SciPy's quad."""
+    past: deque[tuple[float, Any]] = deque(maxlen=4)  # (σ, slope there), the newest first
+    for sigma, following in pairwise(sigmas):
+        past.appendleft((sigma.item(), (x - (yield x, sigma)) / sigma))
+        centre, half = (sigma.item() + following.item()) / 2, (following.item() - sigma.item()) / 2
+        weighted = []
+        for at, slope in past:
+            others = [other for other, _ in past if other != at]
+            nodes = centre - half / 3**0.5, centre + half / 3**0.5
+            integral = half * sum(math.prod((node - other) / (at - other) for other in others) for node in nodes)
+            weighted.append(integral * slope)
+        x = x + sum(weighted)
+    return x
+
+
+def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """A step with the slope at its middle in log σ."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        if following > 0:
+            middle = sigma.log().lerp(following.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """sample_dpm_2 down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        down, up = ancestral_step(sigma, following)
+        if down > 0:
+            middle = sigma.log().lerp(down.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (down - sigma)
+        if down > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+# DPM-Solver++ (arXiv:2211.01095) counts in t = -log σ. k-diffusion goes to t and back, and so do these: the Brownian
+# tree tells the last bit of σ apart.
+
+
+def step_towards(denoised: Any, x: Any, t: Any, t_next: Any) -> Any:
+    """DPM-Solver++'s step of first order; to σ = 0, where t_next is infinite, it arrives at denoised."""
+    return (-t_next).exp() / (-t).exp() * x - (t - t_next).expm1() * denoised
+
+
+def sample_dpmpp_2s_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(2S): steps down with denoised at the step's middle in t, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        t, t_down = -sigma.log(), -down.log()
+        if down > 0:
+            middle = t + 0.5 * (t_down - t)
+            denoised = yield step_towards(denoised, x, t, middle), (-middle).exp()
+        x = step_towards(denoised, x, t, t_down)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_dpmpp_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++ (stochastic): an ancestral step to the middle in t, then the whole one with denoised from there."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        t, t_next = -sigma.log(), -following.log()
+        start, middle, end = (-t).exp(), (-(t + (t_next - t) * 0.5)).exp(), (-t_next).exp()
+        down, up = ancestral_step(start, middle)
+        half = step_towards(denoised, x, t, -down.log()) + noise(start, middle) * up
+        denoised = yield half, middle
+        down, up = ancestral_step(start, end)
+        x = step_towards(denoised, x, t, -down.log()) + noise(start, end) * up
+    return x
+
+
+def sample_dpmpp_2m(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """DPM-Solver++(2M): extrapolates denoised from the last two."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        t, t_next = -sigma.log(), -following.log()
+        h, ahead = t_next - t, denoised
+        if previous is not None and following > 0:
+            r = h_last / h
+            ahead = (1 + 1 / (2 * r)) * denoised - (1 / (2 * r)) * previous
+        x = step_towards(ahead, x, t, t_next)
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_2m_sde(x: Any, sigmas: Any, noise: Noise, heun: bool = False) -> Run:
+    """DPM-Solver++(2M) SDE, its solver_type "midpoint" or "heun"."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = following / sigma * (-h).exp() * x - (-2 * h).expm1() * denoised
+        if previous is not None:
+            weight = (-2 * h).expm1() / (2 * h) + 1 if heun else -0.5 * (-2 * h).expm1()
+            x = x + weight * (h / h_last) * (denoised - previous)
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_3m_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(3M) SDE: first and second differences of the last three denoised."""
+    past: deque[tuple[Any, Any]] = deque(maxlen=2)  # (denoised, h) of the last steps, the newest first
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = (-2 * h).exp() * x - (-2 * h).expm1() * denoised
+        phi_2 = (-2 * h).expm1() / (2 * h) + 1
+        if past:
+            r0 = past[0][1] / h
+            d1 = first = (denoised - past[0][0]) / r0
+            if len(past) == 2:
+                r1 = past[1][1] / h
+                second = (past[0][0] - past[1][0]) / r1
+                d1 = first + (first - second) * r0 / (r0 + r1)
+                x = x - (phi_2 / (2 * h) - 0.5) * (first - second) / (r0 + r1)
+            x = x + phi_2 * d1
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        past.appendleft((denoised, h))
+    return x
+
+
+def sample_ddim(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's ddim (sd_samplers_timesteps_impl.py) with eta 0: Euler's steps, ending at t = 1 with the noise of there
+    in the scale in which the network sees x."""
+    x = yield from sample_euler(x, sigmas, noise)
+    return x / (1 + sigmas[-1] ** 2) ** 0.5
+
+
+def sample_lcm(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's sample_lcm (sd_samplers_lcm.py): new noise on each denoised. The consistency model's own c_skip and c_out
+    are within 7e-6 of 0 and 1 at all times that it runs at, and left out."""
+    for sigma, following in pairwise(sigmas):
+        x = yield x, sigma
+        if following > 0:
+            x = x + following * noise(sigma, following)
+    return x
+
+
+# schedules: (steps, levels) -> falling σ, float32 (steps + 1,), after k-diffusion's get_sigmas_… and A1111's
+# sd_schedulers.py. All but KL Optimal and DDIM's end in 0.
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The σ that the network was trained with, and the times that it knows them by: σ[i] at time i of 0 to 999. A
+    network distilled for LCM knows every 20th alone, times 19 to 999 (A1111's LCMCompVisDenoiser)."""
+
+    sigmas: Any  # float32 (1000 / every,), rising
+    every: int = 1
+
+    @classmethod
+    def of_sdxl(cls, every: int = 1, zero_snr: bool = False) -> NoiseLevels:
+        """SDXL's scaled_linear betas; with zero_snr as A1111 rescales ᾱ, so that the last time is nothing but noise."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alphas = (1 - betas).cumprod(0).float()
+        if zero_snr:
+            root = alphas.sqrt()
+            alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+            alphas[-1] = 4.8973451890853435e-08
+        return cls((((1 - alphas) / alphas) ** 0.5)[every - 1 :: every], every)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest σ and the highest."""
+        return self.sigmas[0].item(), self.sigmas[-1].item()
+
+    def time_of(self, sigmas: Any) -> Any:
+        """DiscreteSchedule.sigma_to_t: between two σ by the logarithm; LCM's network knows the nearest."""
+        logs, wanted = self.sigmas.log(), sigmas.log()
+        below = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
+        weight = ((logs[below] - wanted) / (logs[below] - logs[below + 1])).clamp(0, 1)
+        place = (1 - weight) * below + weight * (below + 1)
+        return (place if self.every == 1 else place.round()) * self.every + (self.every - 1)
+
+    def sigma_of(self, times: Any) -> Any:
+        """DiscreteSchedule.t_to_sigma."""
+        place = (times - (self.every - 1)) / self.every
+        weight, logs = place.frac(), self.sigmas.log()
+        return ((1 - weight) * logs[place.floor().long()] + weight * logs[place.ceil().long()]).exp()
+
+    def spread(self, count: int) -> Any:
+        """count times, evenly from the last to the first."""
+        return torch.linspace(999, self.every - 1, count)
+
+
+def then_zero(sigmas: Any) -> Any:
+    """k-diffusion's append_zero."""
+    return torch.cat([sigmas.float(), torch.zeros(1)])
+
+
+def uniform(steps: int, levels: NoiseLevels) -> Any:
+    """DiscreteSchedule.get_sigmas; ComfyUI calls it normal."""
+    return then_zero(levels.sigma_of(levels.spread(steps)))
+
+
+def sgm_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """One more time, and the last left out."""
+    return then_zero(levels.sigma_of(levels.spread(steps + 1)[:-1]))
+
+
+def simple(steps: int, levels: NoiseLevels) -> Any:
+    """Every 1000/steps-th trained σ from the highest down."""
+    return then_zero(levels.sigmas[[-1 - int(i * (len(levels.sigmas) / steps)) for i in range(steps)]])
+
+
+def karras(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in σ^(1/7): ρ is 7."""
+    low, high = (sigma ** (1 / 7.0) for sigma in levels.ends)
+    return then_zero((high + torch.linspace(0, 1, steps) * (low - high)) ** 7.0)
+
+
+def exponential(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in log σ."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.linspace(high, low, steps).exp())
+
+
+def polyexponential(steps: int, levels: NoiseLevels) -> Any:
+    """Exponential with ρ 1, which is A1111's: the same but for the last bits."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.exp(torch.linspace(1, 0, steps) * (high - low) + low))
+
+
+def align_your_steps(steps: int, _levels: NoiseLevels) -> Any:
+    """NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps), others by log-linear
+    interpolation. A1111 would run one step from the lowest σ; here it starts at the highest."""
+    table = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
+    places = np.linspace(0, 1, steps)
+    return then_zero(torch.from_numpy(np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))))
+
+
+def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in arctan σ (the same page), to the lowest σ and not to 0."""
+    low, high = (torch.tensor(sigma).arctan() for sigma in levels.ends)
+    place = torch.arange(steps + 1) / steps
+    return torch.tan(place * low + (1.0 - place) * high)
+
+
+def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
+    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
+    return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
+
+
+def leading(steps: int, levels: NoiseLevels) -> Any:
+    """diffusers' spacing in SDXL's own configuration: t = 1 + i · (1000 // steps); one step from the highest σ."""
+    times = torch.arange(steps).flip(0) * (1000 // steps) + 1
+    return then_zero(levels.sigmas[times if steps > 1 else [-1]])
+
+
+SCHEDULES: dict[str, Callable[[int, NoiseLevels], Any]] = {
+    "Uniform": uniform,
+    "Karras": karras,
+    "Exponential": exponential,
+    "SGM Uniform": sgm_uniform,
+    "Simple": simple,
+    "Align Your Steps": align_your_steps,
+    "KL Optimal": kl_optimal,
+    "Polyexponential": polyexponential,
+}
+
+
+# names
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a sampler is run."""
+
+    run: Callable[..., Run]
+    automatic: str = "Uniform"  # the schedule that A1111 gives it when none is chosen
+    uniform: Callable[[int, NoiseLevels], Any] = uniform
+    brownian: bool = False  # its noise is the differences of a Brownian motion along σ
+    drops_next_to_last: bool = False  # A1111 makes one σ more and drops the next to last
+    starts_at_sigma: bool = True  # the first latents are noise · σ₀; otherwise noise · √(1 + σ₀²)
+    every: int = 1  # of the trained levels
+
+
+SAMPLERS = {
+    "Euler": Sampler(sample_euler),
+    "Euler a": Sampler(sample_euler_ancestral),
+    "Heun": Sampler(sample_heun),
+    "LMS": Sampler(sample_lms),
+    "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
+    "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
+    "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
+    "DPM++ 2M SDE": Sampler(sample_dpmpp_2m_sde, "Exponential", brownian=True),
+    "DPM++ 2M SDE Heun": Sampler(functools.partial(sample_dpmpp_2m_sde, heun=True), "Exponential", brownian=True),
+    "DPM++ 3M SDE": Sampler(sample_dpmpp_3m_sde, "Exponential", brownian=True, drops_next_to_last=True),
+    "DDIM": Sampler(sample_ddim, uniform=ddim_uniform, starts_at_sigma=False),
+    "LCM": Sampler(sample_lcm, every=20),
+    # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
+    "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
+}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
+# diffusers' own classes, with what is changed of the checkpoint's configuration; no schedule but theirs
+DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "DEIS": ("DEISMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "PLMS": PNDM,
+    # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
+    "PNDM": PNDM,
+    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
+    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+# A1111's samplers that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
+DEFAULT_SCHEDULER = "DPM++ 2M Karras"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
+
+    sampler: str  # of SAMPLERS, or of DIFFUSERS_SAMPLERS where it has no schedule
+    schedule: str  # of SCHEDULES, or ""
+
+    def __str__(self) -> str:
+        # "DDIM" alone is diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
+        plain = self.schedule == "Uniform" and self.sampler not in DIFFUSERS_SAMPLERS
+        return self.sampler if plain else f"{self.sampler} {self.schedule}".strip()
+
+
+def spelling(name: str) -> str:
+    """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
+    "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
+    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
+    return name.removesuffix("gpu")
+
+
+@functools.cache
+def spelled_samplings() -> dict[str, Sampling]:
+    """spelling -> what it chooses, for every name that is understood."""
+    known = {}
+    for name, sampler in SAMPLERS.items():
+        schedules = {schedule: schedule for schedule in SCHEDULES}
+        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
+    for name in DIFFUSERS_SAMPLERS:
+        known |= {spelling(name): Sampling(name, "")}
+        if name not in SAMPLERS:
+            known |= {spelling(name + "Automatic"): Sampling(name, "")}
+    return known
+
+
+def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") -> Sampling:
+    """The choice that a job or a recipe names, in A1111's, ComfyUI's or the official worker's spelling.
+
+    "DPM++ 2M Karras" -> 2M, Karras; "dpmpp_2m", "karras" -> the same; "DPM++ 2M" -> Uniform; "DPM++ 2M", "Automatic"
+    -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
+    field and the nearest names.
+    """
+    for text in (sampler, schedule or ""):
+        if not isinstance(text, str):
+            raise InvalidInput(f"{field} must be text, got {shown(text)}")
+    given = f"{sampler} {schedule or ''}".strip()
+    known, spelled = spelled_samplings(), spelling(given)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
+    if spelled in known:
+        return known[spelled]
+    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
+    if not nearest_names:
+        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
+    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
+
+
+# noise
+
+
+def philox_normal(seed: int, draw: int, count: int) -> Any:
+    """float32 (count,), standard normal: what torch.randn draws on CUDA, where the card has a thread for each number,
+    as the draw-th of a generator with this seed (0 is the first). Seed 0 begins -0.92466259, -0.42534415.
+
+    Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of the counter (draw, 0, element,
+    0), then Box-Muller; after A1111's rng_philox.py.
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # 32-bit words in 64 bits, so that products fit
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    words = [np.uint64(draw), np.uint64(0), np.arange(count, dtype=np.uint64), np.uint64(0)]
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [
+            (second >> half) ^ words[1] ^ np.uint64(keys[0]),
+            second & low,
+            (first >> half) ^ words[3] ^ np.uint64(keys[1]),
+            first & low,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    radius = np.sqrt(-2 * np.log(words[0] * 2.0**-32 + 2.0**-33))
+    return (radius * np.sin(2 * math.pi * (words[1] * 2.0**-32 + 2.0**-33))).astype(np.float32)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], Any]:
+    """A function that draws a seed's next float32 tensor of standard normal numbers: with rng "cpu" as torch's
+    generator there does, with "gpu" as CUDA's."""
+    if rng == "cpu":
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(shape, generator=generator)
+    draws = itertools.count()
+    return lambda: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
+
+
+class BrownianTree:
+    """A Brownian motion B along σ, of one image, as torchsde.BrownianTree(entropy=seed) grows it: B is 0 at the lowest
+    σ; an interval's middle is drawn from a seed of its own, given the ends, down to σ of 6 digits. So B(σ) depends
+    on neither the number of steps nor their order."""
+
+    def __init__(self, rng: str, seed: int, low: float, high: float, shape: tuple[int, ...]) -> None:
+        self.seed, self.low, self.high = seed, round(low, 6), round(high, 6)
+        self._draw = lambda node_seed: normal_stream(rng, int(node_seed), shape)()
+        end = self._draw(np.random.SeedSequence(seed, pool_size=24).generate_state(3)[0]) * math.sqrt(high - low)
+        self._known = {self.low: torch.zeros(shape), self.high: end}  # σ -> B(σ)
+        self._top = math.inf  # above it all is forgotten
+
+    def noise(self, sigma: Any, following: Any) -> Any:
+        """(B(following) - B(sigma)) / √|following - sigma|: k-diffusion's BrownianTreeNoiseSampler. Samplers go down:
+        what lies above sigma is not asked for again, and forgotten."""
+        before, after = self.at(sigma.item()), self.at(following.item())
+        self._top = round(sigma.item(), 6)
+        self._known = {point: value for point, value in self._known.items() if point <= self._top}
+        return (after - before) / (following - sigma).abs().sqrt()
+
+    def at(self, sigma: float) -> Any:
+        """B(σ)."""
+        wanted = min(max(round(sigma, 6), self.low), self.high)
+        start, end, key, depth = self.low, self.high, 0, 0
+        while wanted not in self._known:
+            middle = round(0.5 * (start + end), 6)
+            if middle not in self._known and middle <= self._top:
+                node = np.random.SeedSequence(self.seed, spawn_key=(key, depth), pool_size=24).generate_state(4)[0]
+                share, variance = (middle - start) / (end - start), (middle - start) * (end - middle) / (end - start)
+                mean = self._known[start] + share * (self._known[end] - self._known[start])
+                self._known[middle] = mean + math.sqrt(variance) * self._draw(node)
+            right = wanted > middle
+            start, end = (middle, end) if right else (start, middle)
+            key, depth = 2 * key + right, depth + 1
+        return self._known[wanted]
+
+
+DRAWN_AHEAD = 4  # steps; more would only take memory
+
+
+def drawn_ahead(
+    pool: ThreadPoolExecutor, images: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
+) -> Iterator[Any]:
+    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device. It is drawn in the pool's one thread while
+    the GPU works, from now on, and moved without waiting."""
+
+    def draw(request: tuple[Any, Any]) -> Any:
+        noise = torch.stack([image(*request) for image in images])
+        return noise.pin_memory() if torch.device(device).type == "cuda" else noise
+
+    def take() -> Iterator[Any]:
+        while pending:
+            noise = pending.popleft().result().to(device, non_blocking=True)
+            pending.extend(pool.submit(draw, request) for request in islice(left, 1))
+            yield noise
+
+    left = iter(requests)
+    pending = deque(pool.submit(draw, request) for request in islice(left, DRAWN_AHEAD))
+    return take()
+
+
+# the loop
+
+
+class Scheduler:
+    """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
+
+    A pass that begins in mid-schedule is sigmas[k:] to the sampler; a mask belongs on denoised in `step`.
+    """
+
+    def __init__(
+        self, sampling: Sampling, steps: int, prediction_type: str = "epsilon", zero_snr: bool = False
+    ) -> None:
+        self.sampler, self.prediction_type = SAMPLERS[sampling.sampler], prediction_type
+        levels = NoiseLevels.of_sdxl(self.sampler.every, zero_snr)
+        schedule = self.sampler.uniform if sampling.schedule == "Uniform" else SCHEDULES[sampling.schedule]
+        self.sigmas = schedule(steps + self.sampler.drops_next_to_last, levels)
+        if self.sampler.drops_next_to_last:
+            self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
+        first = self.sigmas[0]
+        self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
+        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
+        self.noise_requests: list[tuple[Any, Any]] = []
+        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
+        self.network_sigmas, call = [], next(rehearsal)
+        with suppress(StopIteration):
+            while True:
+                self.network_sigmas.append(call[1])
+                call = rehearsal.send(torch.zeros(()))
+        self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
+        self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
+        self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
+
+    def _note_request(self, sigma: Any, following: Any) -> float:
+        self.noise_requests.append((sigma, following))
+        return 0.0
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
+        """Begins a run."""
+        self.timesteps = self.timesteps.to(device)
+        self._calls, self._running = 0, None
+
+    def scale_model_input(self, sample: Any, _timestep: Any) -> Any:
+        """x / √(1 + σ²), of variance 1: what the network was trained on."""
+        return sample * (1 / (self.network_sigmas[self._calls] ** 2 + 1) ** 0.5)
+
+    def step(self, model_output: Any, _timestep: Any, sample: Any, return_dict: bool = False) -> tuple[Any]:  # noqa: ARG002
+        """From the network's output for x to the next x that it is to see, and in the end to the image's latents."""
+        sigma = self.network_sigmas[self._calls]
+        if self.prediction_type == "v_prediction":  # VDenoiser.get_scalings
+            denoised = sample / (sigma**2 + 1) - model_output * (sigma / (sigma**2 + 1) ** 0.5)
+        else:
+            denoised = sample - model_output * sigma
+        if self._running is None:
+            self._running = self.sampler.run(sample, self.sigmas, lambda *_: next(self.noise))
+            next(self._running)
+        self._calls += 1
+        try:
+            return (self._running.send(denoised)[0],)
+        except StopIteration as end:
+            return (end.value,)
+
+
+def build_diffusers_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
+    """One of DIFFUSERS_SAMPLERS on the checkpoint's own configuration, whose prediction type stays."""
+    kind, extra = DIFFUSERS_SAMPLERS[name]
+    if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
+        extra = extra | {"timestep_spacing": "trailing"}
+    return getattr(diffusers, kind).from_config(config, **extra)
+
+
+@contextmanager
+def float32_outside(unet: Any) -> Iterator[None]:
+    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type."""
+    into = unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
+    out_of = unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
+    try:
+        yield
+    finally:
+        into.remove()
+        out_of.remove()
+
+
+def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
+    """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch."""
+    sampling, config = read_sampling(request.scheduler), pipe.scheduler_config
+    shape = (pipe.unet.config.in_channels, request.height // 8, request.width // 8)
+    streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
+    latents = torch.stack([draw() for draw in streams])
+    if request.eta_noise_seed_delta:
+        streams = [normal_stream(request.rng, seed + request.eta_noise_seed_delta, shape) for seed in request.seeds]
+
+    def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
+        return {}
+
+    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe.unet):
+        if sampling.schedule:
+            zero_snr = config.get("rescale_betas_zero_snr", False)
+            scheduler = Scheduler(sampling, request.steps, config["prediction_type"], zero_snr)
+            if scheduler.sampler.brownian:
+                ends = scheduler.sigmas[scheduler.sigmas > 0].min().item(), scheduler.sigmas.max().item()
+                images = [BrownianTree(request.rng, seed, *ends, shape).noise for seed in request.seeds]
+            else:
+                images = [lambda *_, draw=draw: draw() for draw in streams]
+            scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+        else:
+            scheduler = build_diffusers_scheduler(sampling.sampler, config, request.steps)
+        pipe.scheduler = scheduler
+        return pipe(
+            prompt_embeds=conditioning.prompt_embeds,
+            negative_prompt_embeds=conditioning.negative_prompt_embeds,
+            pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=request.num_images,
+            latents=latents,
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # images
 
 # Z_RLE looks for runs alone: after PNG's filters a photograph has hardly any other repeats, so this is two to
@@ -2337,10 +3005,8 @@ def a1111_parameters(request: JobRequest, seed: int, vae: str, checkpoint: Named
 
 def split_schedule(scheduler: str) -> tuple[str, str]:
     """A1111's sampler and schedule type: "DPM++ 2M Karras" -> ("DPM++ 2M", "Karras"), "Euler" -> ("Euler", "")."""
-    for schedule in filter(None, SCHEDULE_TYPES):
-        if scheduler.endswith(f" {schedule}"):
-            return scheduler.removesuffix(f" {schedule}"), schedule
-    return scheduler, ""
+    sampling = read_sampling(scheduler)
+    return sampling.sampler, "" if str(sampling) == sampling.sampler else sampling.schedule
 
 
 def plain_stem(model: NamedModel) -> str:
@@ -2539,76 +3205,6 @@ def s3_client(bucket: Bucket) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs
 
-# schedulers
-# A1111's samplers in diffusers' classes, after the table in diffusers' "Schedulers" overview. Left out: DPM++ 2S a, DPM
-# fast, DPM adaptive and Restart, which diffusers has not; LMS, which needs SciPy; DPM++ 3M SDE, where diffusers 0.34
-# differs from k-diffusion by the sign of a term.
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-SCHEDULED_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
-    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", SDE | {"solver_type": "heun"}),
-    # A1111 calls the network twice a step here, diffusers once; lower_order_final spares a warning
-    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE | {"lower_order_final": True}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-}
-# SDXL's own configuration spaces the timesteps as "leading", which never reaches the last one. A1111 starts there, and
-# its Karras and exponential sigmas run from the highest to the lowest: both are "linspace" here.
-LINSPACE, TRAILING = {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}
-SCHEDULE_TYPES: dict[str, dict[str, Any]] = {
-    "": LINSPACE,
-    "Karras": LINSPACE | {"use_karras_sigmas": True},
-    "Exponential": LINSPACE | {"use_exponential_sigmas": True},
-    "SGM Uniform": TRAILING,
-}
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-PLMS = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"{sampler} {schedule}".strip(): (kind, extra | spacing)
-        for sampler, (kind, extra) in SCHEDULED_SAMPLERS.items()
-        for schedule, spacing in SCHEDULE_TYPES.items()
-    },
-    "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
-    "Euler a SGM Uniform": ("EulerAncestralDiscreteScheduler", TRAILING),
-    "UniPC": ("UniPCMultistepScheduler", LINSPACE),
-    "DEIS": ("DEISMultistepScheduler", LINSPACE),
-    "LCM": ("LCMScheduler", {"original_inference_steps": 200}),  # the default, 50, refuses more steps than that
-    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
-    "PLMS": PLMS,
-    # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
-    "PNDM": PLMS,
-    "K_EULER": ("EulerDiscreteScheduler", {}),
-    "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
-    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
-}
-DEFAULT_SCHEDULER = "DPM++ 2M Karras"
-NEEDS_SCIPY = ("klms", "lms", "lms karras")
-
-
-def scheduler_name(name: str, value: Any) -> str:
-    """A name of SCHEDULERS, capitals or not: "euler A" -> "Euler a". Raises InvalidInput."""
-    spelled = value.strip().lower() if isinstance(value, str) else ""
-    if spelled in NEEDS_SCIPY:
-        raise InvalidInput(f"{name} {value} needs SciPy, which this worker does without: use K_EULER")
-    return one_of(SCHEDULERS)(name, {known.lower(): known for known in SCHEDULERS}.get(spelled, value))
-
-
-def build_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
-    """The scheduler of SCHEDULERS on the checkpoint's own configuration, whose prediction type and noise schedule stay.
-
-    config: the pipeline's first scheduler's, never that of the last job's.
-    """
-    kind, extra = SCHEDULERS[name]
-    if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
-        extra = extra | TRAILING
-    return getattr(diffusers, kind).from_config(config, **extra)
-
-
 MAX_PROMPT = 10_000
 MAX_SEED = 2**32
 REQUIRED = object()
@@ -2722,6 +3318,11 @@ def lora_item(name: str, item: Any) -> tuple[str, float | None]:
     return text_of(1, 200)(f"{name}.name", item["name"]), scale
 
 
+def scheduler_name(name: str, value: Any) -> str:
+    """A sampler, with its schedule where it has one: "dpmpp_2m_karras" -> "DPM++ 2M Karras"."""
+    return str(read_sampling(value, field=name))
+
+
 def refuse_unknown(given: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
     """Raises InvalidInput for a field that is not known, and suggests the nearest."""
     for name in given:
@@ -2749,6 +3350,8 @@ FIELDS = {
     "num_images": Field(whole_number(1, 4), 1, also=("batch_size",)),
     "scheduler": Field(scheduler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
     "clip_skip": Field(whole_number(1, 12), 2),
+    "rng": Field(one_of(("cpu", "gpu")), "cpu"),
+    "eta_noise_seed_delta": Field(whole_number(0, MAX_SEED - 1), 0),
     "long_prompt": Field(one_of(LONG_PROMPT_MODES), "blend"),
     "loras": Field(lora_list, None),
     "image_format": Field(one_of(ENCODINGS), "png"),
@@ -2770,6 +3373,8 @@ class JobRequest:
     num_images: int
     scheduler: str
     clip_skip: int
+    rng: str
+    eta_noise_seed_delta: int
     long_prompt: str
     loras: dict[str, float]  # adapter -> scale, lora tags of the prompt included
     image_format: str
@@ -3001,30 +3606,6 @@ def generate(
         images = decode(pipe, latents)
         pipe.maybe_free_model_hooks()
     return images, conditioning
-
-
-def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
-    """Latents (num_images, 4, height/8, width/8). Image i is drawn from seeds[i] with a CPU generator of its own."""
-
-    def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
-        return {}
-
-    pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config, request.steps)
-    return pipe(
-        prompt_embeds=conditioning.prompt_embeds,
-        negative_prompt_embeds=conditioning.negative_prompt_embeds,
-        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-        negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=request.num_images,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).images
 
 
 def free_memory() -> None:
