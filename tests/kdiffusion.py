@@ -8,8 +8,10 @@ asks for the integral of a cubic, is numpy's Gauss-Legendre: the worker runs wit
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torchsde  # noqa: F401 - kept in sys.modules when the stand-ins go
-import tqdm.auto  # noqa: F401
-
-import handler
+import tqdm.auto  # noqa: F401 - imported here, it stays when the empty modules go
+from torchsde._brownian import brownian_interval
 
 
 def quad(f: Callable[[float], float], low: float, high: float, **_: Any) -> tuple[float]:
@@ -43,6 +43,7 @@ def load_k_diffusion() -> tuple[Any, Any]:
 
 
 sampling, external = load_k_diffusion()
+SHAPE = (4, 8, 8)  # an image's latents
 
 # A1111's sampler -> k-diffusion's function and what it is called with (sd_samplers_kdiffusion.py)
 FUNCTIONS = {
@@ -113,47 +114,110 @@ def sigmas_of(schedule: str, steps: int, model: Any) -> torch.Tensor:
     return torch.FloatTensor([*values, 0.0])
 
 
+Stream = Callable[[], torch.Tensor]
+
+
+def cpu_stream(seed: int, shape: tuple[int, ...]) -> Stream:
+    """A1111's "RNG: CPU"."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
 def run(
     sampler: str,
     schedule: str,
     steps: int,
     seeds: list[int],
     network: Network | None = None,
-    shape: tuple[int, ...] = (4, 8, 8),
-    rng: Callable[[int], Callable[[], torch.Tensor]] | None = None,
+    stream: Callable[[int, tuple[int, ...]], Stream] = cpu_stream,
     delta: int = 0,
 ) -> torch.Tensor:
-    """The last latents of A1111 with "RNG: CPU", from the seeds alone; rng(seed) may give other streams."""
+    """A1111's last latents (n, 4, 8, 8), from the seeds alone. delta: its ENSD; stream: where its noise is drawn."""
     network = network or Network()
     kind = external.DiscreteEpsDDPMDenoiser if network.prediction_type == "epsilon" else external.DiscreteVDDPMDenoiser
     model = kind(network, network.alphas, quantize=False)
-    discard = sampler in DISCARD
-    sigmas = sigmas_of(schedule, steps + discard, model)
-    if discard:
+    sigmas = sigmas_of(schedule, steps + (sampler in DISCARD), model)
+    if sampler in DISCARD:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-
-    def cpu(seed: int) -> Callable[[], torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return lambda: torch.randn(shape, generator=generator)
-
-    streams = [(rng or cpu)(seed) for seed in seeds]
+    streams = [stream(seed, SHAPE) for seed in seeds]
     x = torch.stack([draw() for draw in streams]) * sigmas[0]
     if delta:
-        streams = [(rng or cpu)(seed + delta) for seed in seeds]
+        streams = [stream(seed + delta, SHAPE) for seed in seeds]
     function, options = FUNCTIONS[sampler]
     if sampler in SDE:
-        if len(sigmas) == 2 and sampler != "DPM++ SDE" and sigmas[1] == 0:
-            return model(x, sigmas[:1].expand(len(x)))  # which k-diffusion intends, and fails at
+        if sampler != "DPM++ SDE" and len(sigmas) == 2 and sigmas[1] == 0:
+            return model(x, sigmas[0].expand(len(x)))  # what k-diffusion means to do, and fails at
         ends = sigmas[sigmas > 0].min(), sigmas.max()
-        options = options | {"noise_sampler": sampling.BrownianTreeNoiseSampler(x, *ends, seed=seeds)}
-    if sampler in ANCESTRAL:
+        options = options | {"noise_sampler": brownian_noise(x, ends, seeds, stream)}
+    elif sampler in ANCESTRAL:
         options = options | {"noise_sampler": lambda *_: torch.stack([draw() for draw in streams])}
     return function(model, x, sigmas, disable=True, **options)
+
+
+def brownian_noise(x: torch.Tensor, ends: Any, seeds: list[int], stream: Any) -> Callable[..., torch.Tensor]:
+    """k-diffusion's noise sampler on torchsde's trees, whose nodes A1111 lets its own RNG fill."""
+
+    def randn(size: tuple[int, ...], dtype: torch.dtype, device: Any, seed: int) -> torch.Tensor:
+        return stream(int(seed), size)().to(dtype)
+
+    def noise(*sigmas: torch.Tensor) -> torch.Tensor:
+        with patch.object(brownian_interval, "_randn", randn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a time beyond the tree's rounded ends is moved there
+            return sampler(*sigmas)
+
+    with patch.object(brownian_interval, "_randn", randn):
+        sampler = sampling.BrownianTreeNoiseSampler(x, *ends, seed=seeds)
+    return noise
+
+
+def run_ddim(steps: int, seeds: list[int]) -> torch.Tensor:
+    """A1111's DDIM with eta 0 (sd_samplers_timesteps_impl.py), in its own terms."""
+    network = Network()
+    times = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)]
+    x = torch.stack([cpu_stream(seed, SHAPE)() for seed in seeds])
+    for time, following in zip(times[:0:-1], times[-2::-1], strict=True):
+        eps, a, a_next = network(x, torch.tensor(time)), network.alphas[time], network.alphas[following]
+        x = a_next.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - a_next).sqrt() * eps
+    return x
+
+
+class ConsistencyDenoiser(external.DiscreteEpsDDPMDenoiser):
+    """A1111's LCMCompVisDenoiser: 50 levels, whole times, and the consistency model's own scalings."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network, network.alphas[19::20], quantize=None)
+
+    def sigma_to_t(self, sigma: torch.Tensor) -> torch.Tensor:
+        distance = sigma.log() - self.log_sigmas[:, None]
+        return distance.abs().argmin(dim=0).view(sigma.shape) * 20 + 19
+
+    def t_to_sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return super().t_to_sigma(((t - 19) / 20).float().clamp(0, 49))
+
+    def get_sigmas(self, n: int) -> torch.Tensor:
+        return sampling.append_zero(self.t_to_sigma(torch.linspace(999, 19, n)))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        time = self.sigma_to_t(sigma).float() * 10
+        sigma = sigma[0]
+        denoised = x - sigma * self.inner_model(x / (1 + sigma**2) ** 0.5, time / 10)
+        scaled = time[0]
+        return denoised * scaled / (scaled**2 + 0.25) ** 0.5 + x * 0.25 / (scaled**2 + 0.25)
+
+
+def run_lcm(schedule: str, steps: int, seeds: list[int]) -> torch.Tensor:
+    """A1111's LCM (sd_samplers_lcm.py)."""
+    model = ConsistencyDenoiser(Network())
+    sigmas = sigmas_of(schedule, steps, model)
+    streams = [cpu_stream(seed, SHAPE) for seed in seeds]
+    x = torch.stack([draw() for draw in streams]) * sigmas[0]
+    for sigma, following in itertools.pairwise(sigmas):
+        x = model(x, sigma.expand(len(x)))
+        if following > 0:
+            x = x + following * torch.stack([draw() for draw in streams])
+    return x
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The relative error of the latents."""
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-_ = handler
