@@ -17,6 +17,7 @@ import handler
 
 SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]
 SCHEDULES = list(handler.SCHEDULES)
+SAMPLING_NAMES = sorted({str(sampling) for sampling in handler.spelled_samplings().values()})
 OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"]
 
 
@@ -36,10 +37,28 @@ def philox_normal(seed: int, draw: int, count: int) -> torch.Tensor:
 
 
 def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterator[torch.Tensor], Callable[[], None]]:
-    """The noise that draw(i) gives for i from 0 to count - 1, drawn in the background, and what waits for its thread."""
+    """The noise that draw(i) gives for i from 0 to count - 1, drawn in the background; what waits for its thread."""
     pool = ThreadPoolExecutor(1)
     taken = handler.drawn_ahead(pool, [lambda i, _: draw(i)], [(i, i) for i in range(count)], "cpu")
     return taken, lambda: pool.submit(int).result()
+
+
+def scheduler(name: str, steps: int) -> Any:
+    """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
+    return handler.Scheduler(handler.read_sampling(name), steps)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """What draws a seed's next numbers."""
+    return handler.normal_stream(rng, seed, shape)
+
+
+def walk_tree(rng: str, name: str, steps: int, shape: tuple[int, ...]) -> None:
+    """Draws all the noise of an image whose sampler walks a Brownian tree."""
+    requests, sigmas = scheduler(name, steps).noise_requests, scheduler(name, steps).sigmas
+    tree = handler.BrownianTree(rng, 1, sigmas[sigmas > 0].min().item(), sigmas.max().item(), shape)
+    for request in requests:
+        tree.noise(*request)
 
 
 @contextlib.contextmanager
