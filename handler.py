@@ -2645,8 +2645,8 @@ class Sampling:
 def spelling(name: str) -> str:
     """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
     "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
-    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
-    return name.removesuffix("gpu")
+    name = re.sub(r"[\s_-]+", "", name.lower())
+    return name.replace("++", "pp").replace("ancestral", "a").replace("sdegpu", "sde")
 
 
 @functools.cache
@@ -2671,21 +2671,21 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
     -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
     field and the nearest names.
     """
-    for text in (sampler, schedule or ""):
+    schedule = "" if schedule is None else schedule
+    for text in (sampler, schedule):
         if not isinstance(text, str):
             raise InvalidInput(f"{field} must be text, got {shown(text)}")
-    given = f"{sampler} {schedule or ''}".strip()
+    given = f"{sampler} {schedule}".strip()
     known, spelled = spelled_samplings(), spelling(given)
-    alone = known.get(spelling(sampler))
-    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
-        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
     if spelled in known:
         return known[spelled]
-    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
-    if not nearest_names:
-        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
-        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
-    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        return alone  # "DPM++ 2M Karras" has its schedule already
+    close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+    names = [str(alone)] * bool(alone) + [str(known[key]) for key in close] or [DEFAULT_SCHEDULER, "Euler a"]
+    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))] or names
+    hint = ", ".join(f'"{name}"' for name in list(dict.fromkeys(names))[:3])
     raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
 
 
