@@ -2552,8 +2552,8 @@ def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
 
 
 def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
-    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = …, 1 + 1000 // steps, 1. As there, 24 steps are 24, and 20,
+    which divide 1000, are 19; one step, of which nothing would be left, goes from the highest σ to 0."""
     times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
     return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
 
