@@ -52,8 +52,8 @@ def civitai(world: World) -> Iterator[CivitaiServer]:  # noqa: F821
 @pytest.fixture
 def pipe(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F821
     """The worker's pipeline on the tiny world, loaded once a session, as handler() uses it; no Civitai is there."""
-    import handler
+    import seams
 
     for name, value in world.environ("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
-    return handler.WORKER.ready()[0]
+    return seams.engine().pipe

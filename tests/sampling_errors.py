@@ -23,8 +23,6 @@ import seams  # noqa: E402
 import torch  # noqa: E402
 from world import build_world  # noqa: E402
 
-import handler  # noqa: E402
-
 
 def oracle(sampler: str, schedule: str, steps: int, seeds: list[int]) -> torch.Tensor:
     """What the reference gives."""
@@ -43,15 +41,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= build_world(TESTS / ".cache").environ()
-    pipe = handler.load_pipeline()
     print("| sampler | schedule |", " | ".join(f"{steps} steps" for steps in arguments.steps), "|")
     print("|---|---|" + "---|" * len(arguments.steps))
     for sampler in arguments.samplers:
         for schedule in ["Uniform"] if sampler == "DDIM" else seams.SCHEDULES:
             errors = []
-            with seams.formula_unet(pipe, kdiffusion.Network()):
+            with seams.formula_engine(kdiffusion.Network()) as engine:
                 for steps in arguments.steps:
-                    ours = seams.denoise(pipe, seams.sampling_name(sampler, schedule), steps, [7])
+                    ours = seams.denoise(engine, seams.sampling_name(sampler, schedule), steps, [7])
                     errors.append(kdiffusion.error(ours, oracle(sampler, schedule, steps, [7])))
             print(f"| {sampler} | {schedule} |", " | ".join(f"{error:.1e}" for error in errors), "|", flush=True)
 

@@ -53,8 +53,8 @@ def test_official_schedulers_are_known(name):
 
 
 def test_klms_is_refused_with_a_way_out():
-    """KLMS is diffusers' LMS, which needs SciPy: the refusal names k-diffusion's."""
-    with pytest.raises(handler.InvalidInput, match=r'nearest: "LMS"'):
+    """KLMS needs SciPy: the refusal says so and names K_EULER."""
+    with pytest.raises(handler.InvalidInput, match=r"SciPy.*K_EULER"):
         parse({"prompt": "a", "scheduler": "KLMS"})
 
 

@@ -4,8 +4,9 @@ The oracle is k-diffusion with torchsde (kdiffusion.py) on a network that is a f
 diffusers' pipeline with the formula in the UNet's place.
 """
 
-import copy
+import re
 import threading
+from pathlib import Path
 
 import diffusers
 import kdiffusion
@@ -17,14 +18,15 @@ from kdiffusion import Network, error
 import handler
 
 SEEDS = [7, 8]
+README = Path(__file__).parent.parent / "README.md"
 ODE = [name for name in kdiffusion.FUNCTIONS if name not in kdiffusion.SDE]
 
 
 @pytest.fixture
 def formula(pipe):
-    """The worker's pipeline with the formula in the UNet's place."""
-    with seams.formula_unet(pipe, Network()):
-        yield pipe
+    """The worker's engine with the formula in the UNet's place."""
+    with seams.formula_engine(Network()) as engine:
+        yield engine
 
 
 def gpu_stream(seed: int, shape: tuple[int, ...]) -> kdiffusion.Stream:
@@ -72,15 +74,17 @@ def test_ddim_with_a_schedule_type_is_a1111s(formula):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ 2S a", "DPM++ 3M SDE"])
-def test_the_checkpoints_prediction_type_and_zero_snr(pipe, sampler, prediction_type):
+@pytest.mark.usefixtures("pipe")
+def test_the_checkpoints_prediction_type_and_zero_snr(sampler, prediction_type):
     """A v-prediction checkpoint with a zero terminal SNR is sampled as one: its σ go up to 4,519."""
     root = kdiffusion.alphas_cumprod().sqrt()
     alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     alphas[-1] = 4.8973451890853435e-08
     for levels, zero_snr in ((None, False), (alphas, True)):
         network = Network(prediction_type, levels)
-        with seams.formula_unet(pipe, network, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr):
-            ours = seams.denoise(pipe, sampler, 6, SEEDS[:1])
+        config = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
+        with seams.formula_engine(network, **config) as engine:
+            ours = seams.denoise(engine, sampler, 6, SEEDS[:1])
         theirs = kdiffusion.run(sampler, "Uniform", 6, SEEDS[:1], network)
         assert error(ours, theirs) < (1e-4 if sampler in ODE else 1e-3), zero_snr
 
@@ -201,10 +205,10 @@ def test_latents_are_float32_around_a_float16_unet(pipe, monkeypatch):
 
     monkeypatch.setattr(type(pipe.unet), "dtype", torch.float16)
     for name in ("DPM++ 2M Karras", "UniPC"):
-        with seams.formula_unet(pipe, network):
-            half = seams.denoise(pipe, name, 12, SEEDS)
-        with seams.formula_unet(pipe, Network()):
-            assert error(half, seams.denoise(pipe, name, 12, SEEDS)) < 2e-3
+        with seams.formula_engine(network) as engine:
+            half = seams.denoise(engine, name, 12, SEEDS)
+        with seams.formula_engine(Network()) as engine:
+            assert error(half, seams.denoise(engine, name, 12, SEEDS)) < 2e-3
         assert half.dtype == torch.float32
     assert seen == {torch.float16}
 
@@ -237,6 +241,7 @@ def test_latents_are_float32_around_a_float16_unet(pipe, monkeypatch):
         ("uni_pc", None, "UniPC"),
         ("UniPC", "Automatic", "UniPC"),
         ("k_euler", None, "K_EULER"),
+        ("K_EULER_ANCESTRAL", "Automatic", "K_EULER_ANCESTRAL"),
         ("DDIM", None, "DDIM"),
         ("DDIM", "Uniform", "DDIM Uniform"),
         ("ddim", "karras", "DDIM Karras"),
@@ -263,6 +268,7 @@ def test_every_name_is_its_own():
         ("DPM++ 2M", "beta", "DPM++ 2M"),
         ("DPM++ 2M Karras", "Exponential", "DPM++ 2M Karras"),
         ("UniPC", "Karras", "UniPC"),
+        ("K_EULER", "Karras", "K_EULER"),
         ("KLMS", None, "LMS"),
         ("DPM fast", None, "DPM++ 2M"),
         ("dpm_adaptive", "karras", "DPM++ 2M Karras"),
@@ -273,17 +279,29 @@ def test_every_name_is_its_own():
 )
 def test_unknown_names_are_refused_with_the_nearest(sampler, schedule, nearest):
     """InvalidInput of one short sentence that quotes what was given and names three at most."""
-    with pytest.raises(handler.InvalidInput) as caught:
+    with pytest.raises(seams.refused()) as caught:
         seams.sampling_name(sampler, schedule)
     message = str(caught.value)
     assert f'"{nearest}"' in message and 1 <= message.split("nearest: ")[1].count('"') / 2 <= 3
     assert len(message) < 250
 
 
+def test_the_readme_lists_exactly_these():
+    """The README's table between its <!-- schedulers --> markers, each sampler with each of its schedules, is what is
+    understood."""
+    section = re.search(r"<!-- schedulers -->(.*?)<!-- /schedulers -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    listed = []
+    for samplers, schedules in re.findall(r"^\| (`.*) \| (.*) \|$", section[1], re.MULTILINE):
+        assert schedules.startswith("none"), "every sampler goes by its plain name too"
+        listed += re.findall(r"`([^`]+)`", samplers)
+        listed += [f"{a} {b}" for a in re.findall(r"`([^`]+)`", samplers) for b in re.findall(r"`([^`]+)`", schedules)]
+    assert sorted(listed) == seams.SAMPLING_NAMES
+
+
 @pytest.mark.parametrize("given", [5, None, True, ["Euler"], {"a": 1}])
 def test_a_name_is_text(given):
     """Anything else is InvalidInput."""
-    with pytest.raises(handler.InvalidInput, match="scheduler must be text, got"):
+    with pytest.raises(seams.refused(), match="scheduler must be text, got"):
         seams.sampling_name(given)
 
 
@@ -315,22 +333,10 @@ def test_jobs_draw_their_noise_as_they_say():
     assert job(scheduler="Euler a")["images"] == plain["Euler a"]
 
 
-class Steps(handler.Observer):
-    """What an observer is told."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-
-    def step(self, step: int, steps: int) -> None:
-        self.seen.append((step, steps))
-
-
 @pytest.mark.usefixtures("pipe")
 @pytest.mark.parametrize(("name", "calls"), [("Euler", 4), ("Heun", 7), ("DPM++ SDE Karras", 7), ("DPM2", 7)])
 def test_progress_ends_at_the_steps_asked_for(name, calls):
     """Also where the network is called twice a step."""
-    steps = Steps()
-    fields = {"prompt": "a cat", "width": 256, "height": 256, "steps": 4, "scheduler": name}
-    assert "images" in handler.run_job({"id": "test", "input": copy.deepcopy(fields)}, steps)
-    assert len(steps.seen) == calls and steps.seen[-1] == (4, 4)
-    assert steps.seen == sorted(steps.seen)
+    seen = seams.progress(scheduler=name, steps=4)
+    assert len(seen) == calls and seen[-1] == (4, 4)
+    assert seen == sorted(seen)
