@@ -4,7 +4,8 @@
     python tests/benchmarks/sampling.py --side 128  the latents of 1024²
 
 A step is scale_model_input and step, as StableDiffusionXLPipeline calls them: on CUDA the time until both are launched,
-waiting included; on the CPU the thread's own time, so that a busy machine does not count. Then what drawing noise costs beside the loop: a step's noise of one image, and all nodes of a Brownian tree.
+waiting included; on the CPU the thread's own time, so that a busy machine does not count. Then what drawing noise costs
+beside the loop: a step's noise of one image, and all nodes of a Brownian tree.
 """
 
 from __future__ import annotations
