@@ -2391,44 +2391,38 @@ def raise_gpu_failure(error: Exception) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 #
-# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
-# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
-# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
-# float32 (n, 4, height/8, width/8) on the UNet's device.
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them (Karras et al., arXiv:2206.00364). σ is the
+# standard deviation of the noise in x = image + σ·noise: a float32 tensor without dimensions on the CPU, so that the
+# arithmetic is k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting. x, denoised
+# and noise are float32 (n, 4, height/8, width/8) on the UNet's device.
 
-Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler: yields (x, σ), is sent denoised, returns the last x
 Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
 
-# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
+# samplers, each after k-diffusion's function of that name (sampling.py)
 
 
-def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
-    for sigma, following in pairwise(sigmas):
-        denoised = yield x, sigma
-        x = x + (x - denoised) / sigma * (following - sigma)
-    return x
-
-
-def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+def ancestral_step(sigma: Any, following: Any, eta: float = 1.0) -> tuple[Any, Any]:
     """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    if not eta:
+        return following, 0.0
     up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
     return (following**2 - up**2) ** 0.5, up
 
 
-def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """Euler steps down, then noise up."""
+def sample_euler(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """sample_euler; with eta 1 sample_euler_ancestral: down further, then noise up."""
     for sigma, following in pairwise(sigmas):
         denoised = yield x, sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         x = x + (x - denoised) / sigma * (down - sigma)
-        if following > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
 
 def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
         end = x + slope * (following - sigma)
@@ -2455,29 +2449,17 @@ def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
     return x
 
 
-def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """A step with the slope at its middle in log σ."""
+def sample_dpm_2(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """A step with the slope at its middle in log σ; with eta 1 sample_dpm_2_ancestral."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
-        if following > 0:
-            middle = sigma.log().lerp(following.log(), 0.5).exp()
-            half = x + slope * (middle - sigma)
-            slope = (half - (yield half, middle)) / middle
-        x = x + slope * (following - sigma)
-    return x
-
-
-def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """sample_dpm_2 down, then noise up."""
-    for sigma, following in pairwise(sigmas):
-        slope = (x - (yield x, sigma)) / sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         if down > 0:
             middle = sigma.log().lerp(down.log(), 0.5).exp()
             half = x + slope * (middle - sigma)
             slope = (half - (yield half, middle)) / middle
         x = x + slope * (down - sigma)
-        if down > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
@@ -2696,8 +2678,8 @@ def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
 
 
 def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
-    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = …, 1 + 1000 // steps, 1. As there, 24 steps are 24, and 20,
+    which divide 1000, are 19; one step, of which nothing would be left, goes from the highest σ to 0."""
     times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
     return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
 
@@ -2738,11 +2720,11 @@ class Sampler:
 
 SAMPLERS = {
     "Euler": Sampler(sample_euler),
-    "Euler a": Sampler(sample_euler_ancestral),
+    "Euler a": Sampler(functools.partial(sample_euler, eta=1)),
     "Heun": Sampler(sample_heun),
     "LMS": Sampler(sample_lms),
     "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
-    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(functools.partial(sample_dpm_2, eta=1), "Karras", drops_next_to_last=True),
     "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
     "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
     "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
@@ -2753,7 +2735,7 @@ SAMPLERS = {
     "LCM": Sampler(sample_lcm, every=20),
     # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
     "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
-    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(functools.partial(sample_euler, eta=1), uniform=leading, starts_at_sigma=False),
 }
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
@@ -2768,8 +2750,8 @@ DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
     "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-# A1111's samplers that are not here, and what comes nearest
-NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
+# samplers of A1111 and of the official worker that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM++ 2M", "DPM adaptive": "DPM++ 2M Karras", "Restart": "Heun Karras", "KLMS": "LMS"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
 
 
@@ -2789,8 +2771,8 @@ class Sampling:
 def spelling(name: str) -> str:
     """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
     "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
-    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
-    return name.removesuffix("gpu")
+    name = re.sub(r"[\s_-]+", "", name.lower())
+    return name.replace("++", "pp").replace("ancestral", "a").replace("sdegpu", "sde")
 
 
 @functools.cache
@@ -2798,8 +2780,9 @@ def spelled_samplings() -> dict[str, Sampling]:
     """spelling -> what it chooses, for every name that is understood."""
     known = {}
     for name, sampler in SAMPLERS.items():
-        schedules = {schedule: schedule for schedule in SCHEDULES}
-        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        schedules = {"": "Uniform", "Automatic": sampler.automatic}
+        if sampler.uniform is not leading:
+            schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
         known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
     for name in DIFFUSERS_SAMPLERS:
         known |= {spelling(name): Sampling(name, "")}
@@ -2815,21 +2798,21 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
     -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
     field and the nearest names.
     """
-    for text in (sampler, schedule or ""):
+    schedule = "" if schedule is None else schedule
+    for text in (sampler, schedule):
         if not isinstance(text, str):
             raise InvalidInput(f"{field} must be text, got {shown(text)}")
-    given = f"{sampler} {schedule or ''}".strip()
+    given = f"{sampler} {schedule}".strip()
     known, spelled = spelled_samplings(), spelling(given)
-    alone = known.get(spelling(sampler))
-    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
-        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
     if spelled in known:
         return known[spelled]
-    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
-    if not nearest_names:
-        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
-        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
-    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        return alone  # "DPM++ 2M Karras" has its schedule already
+    close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+    names = [str(alone)] * bool(alone) + [str(known[key]) for key in close] or [DEFAULT_SCHEDULER, "Euler a"]
+    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))] or names
+    hint = ", ".join(f'"{name}"' for name in list(dict.fromkeys(names))[:3])
     raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
 
 
@@ -2933,6 +2916,22 @@ def drawn_ahead(
 # the loop
 
 
+def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """The σ of each network call, the (σ, next σ) of each noise: no picture changes them, so a run on 0 tells."""
+    asked: list[tuple[Any, Any]] = []
+
+    def noise(sigma: Any, following: Any) -> float:
+        asked.append((sigma, following))
+        return 0.0
+
+    running = run(torch.zeros(()), sigmas, noise)
+    network_sigmas = [next(running)[1]]
+    with suppress(StopIteration):
+        while True:
+            network_sigmas.append(running.send(torch.zeros(()))[1])
+    return network_sigmas, asked
+
+
 class Scheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
 
@@ -2950,21 +2949,10 @@ class Scheduler:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         first = self.sigmas[0]
         self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
-        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
-        self.noise_requests: list[tuple[Any, Any]] = []
-        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
-        self.network_sigmas, call = [], next(rehearsal)
-        with suppress(StopIteration):
-            while True:
-                self.network_sigmas.append(call[1])
-                call = rehearsal.send(torch.zeros(()))
+        self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)
         self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
         self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
         self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
-
-    def _note_request(self, sigma: Any, following: Any) -> float:
-        self.noise_requests.append((sigma, following))
-        return 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
         """Begins a run."""
