@@ -1,4 +1,4 @@
-"""The LoRA stack: no cost in a job, equal to diffusers' adapters, free to change, honest about bad files."""
+"""The LoRA stack: no cost in a job, every kind of file right, free to change, honest about what it cannot use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from lora_kinds import KINDS, draw as numbers
 from safetensors.torch import load_file, save_file
+from seams import COMPILED_BLOCKS, LORA_COMPONENTS as PARTS, LoraStack, changed_tensors, compile_unet, merge_into
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import BAD_LORAS, Lora, Noise, World, lora_tensors, write_bad_lora, write_lora, write_tensors
 
 import handler
 
-PARTS = handler.LORA_COMPONENTS
 SCALES = {
     name: config["scale"]
     for name, config in zip(handler.adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
@@ -88,6 +89,16 @@ def load_plain(pipe: Any, files: dict[str, Path], scales: dict[str, float]) -> A
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     pipe.set_adapters(list(scales), list(scales.values()))
     return pipe
+
+
+def layers_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Linear layers and convolutions by name, "unet.mid_block.attentions.0.proj_in"."""
+    return {
+        f"{part}.{name}": module
+        for part in PARTS
+        for name, module in getattr(pipe, part).named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
 
 
 def adapted_layers(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -167,14 +178,14 @@ def count_operations(pipe: Any) -> Counter[str]:
 def test_a_job_runs_exactly_the_operations_of_the_bare_checkpoint(loaded, bare, adapted, files) -> None:
     """Ratio 1.00, operation by operation, where diffusers' adapters multiply them."""
     plain = count_operations(loaded)
-    handler.LoraStack(bare, files).apply(SCALES)
+    LoraStack(bare, files).apply(SCALES)
     assert count_operations(bare) == plain
     assert count_operations(adapted).total() > 5 * plain.total()
 
 
 def test_the_stack_in_force_costs_no_operation(bare, files) -> None:
     """The same scales again, in any order and with zeros, touch no tensor."""
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     some = dict(list(SCALES.items())[:4])
     assert stack.apply(some) is True
     with Operations() as operations:
@@ -187,7 +198,7 @@ def test_the_stack_in_force_costs_no_operation(bare, files) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # right
 
-KINDS = {
+STYLES = {
     "kohya": ("kohya", Lora(4, 2.0)),
     "kohya, all linear layers and both encoders": ("kohya", Lora(8, 1.0, PARTS, "linear")),
     "kohya, LoCon": ("kohya", Lora(4, 3.0, ("unet",), "conv")),
@@ -199,22 +210,21 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_answers_as_with_diffusers_adapters(loaded, bare, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_every_layer_answers_as_with_diffusers_adapters(loaded, bare, tmp_path: Path, style: str) -> None:
     """Layer by layer in float32, for each way of writing a LoRA."""
-    style, lora = KINDS[kind]
-    file = write_lora(tmp_path / "one.safetensors", style, lora)
+    file = write_lora(tmp_path / "one.safetensors", *STYLES[style])
     check_against_diffusers(loaded, bare, {"one": file}, {"one": -1.7})
 
 
 def check_against_diffusers(loaded: Any, bare: Any, files: dict[str, Path], scales: dict[str, float]) -> None:
     """Layers answer alike, and no other layer has changed."""
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     assert not stack.failed
     stack.apply(scales)
-    merged = handler.lora_modules(bare)
+    merged = layers_of(bare)
     expected = dict(adapted_layers(load_plain(copy_of(loaded), files, scales)))
-    assert expected.keys() == stack.targets.keys()
+    assert {f"{name}.weight" for name in expected} == changed_tensors(stack)
     with torch.no_grad():
         for name, layer in expected.items():
             x = layer_input(merged[name])
@@ -226,7 +236,7 @@ def check_against_diffusers(loaded: Any, bare: Any, files: dict[str, Path], scal
 
 def test_nine_loras_together_answer_as_nine_adapters(loaded, bare, adapted, files) -> None:
     """UNet and text encoders as a whole, in float32."""
-    handler.LoraStack(bare, files).apply(SCALES)
+    LoraStack(bare, files).apply(SCALES)
     assert distance(run_unet(bare), run_unet(adapted)) < 1e-4 < 0.05 < distance(run_unet(bare), run_unet(loaded))
     for found, expected, before in zip(*map(run_encoders, (bare, adapted, loaded)), strict=True):
         assert distance(found, expected) < 1e-4 < 0.05 < distance(found, before)
@@ -321,8 +331,8 @@ def test_float16_is_no_farther_from_the_truth_than_adapters(loaded, adapted, fil
         for pipe, dtype in ((adapted, torch.float64), (adapted, torch.float16), (loaded, torch.float16))
     )
     unfused = dict(adapted_layers(plain))
-    handler.LoraStack(half, files).apply(SCALES)
-    merged = handler.lora_modules(half)
+    LoraStack(half, files).apply(SCALES)
+    merged = layers_of(half)
     ours, theirs = [], []
     with torch.no_grad():
         for name, layer in adapted_layers(truth):
@@ -341,9 +351,8 @@ def test_a_full_size_layer_in_float16_too(tmp_path: Path) -> None:
     scales = dict.fromkeys(shares, 0.5)
     x = layer_input(layer)
     for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 1e-2)):
-        weight = layer.weight.to(dtype)
         merged = copy.deepcopy(layer).to(dtype)
-        handler.merge(handler.Target(merged, weight.clone(), shares), scales, "cpu")
+        merge_into(merged, shares, scales)
         adapters = with_adapters(copy.deepcopy(layer).to(dtype), shares, scales)
         truth = with_adapters(copy.deepcopy(layer).double(), shares, scales).double()(x.to(dtype).double())
         ours, theirs = (distance(model(x.to(dtype)), truth) for model in (merged, adapters))
@@ -351,20 +360,19 @@ def test_a_full_size_layer_in_float16_too(tmp_path: Path) -> None:
         assert ours <= theirs or dtype == torch.float32
 
 
-def random_factors(layer: torch.nn.Linear, rank: int) -> handler.Factors:
-    """A LoRA that changes the layer by about a tenth of its weight."""
+def random_factors(layer: torch.nn.Linear, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A LoRA that changes the layer by about a tenth of its weight: up, down, alpha / rank."""
     up, down = torch.randn(layer.out_features, rank) / 300, torch.randn(rank, layer.in_features) / 36
-    return handler.Factors(up.half(), down.half(), 0.5)
+    return up.half(), down.half(), 0.5
 
 
-def with_adapters(layer: torch.nn.Linear, shares: dict[str, handler.Factors], scales: dict[str, float]) -> Any:
+def with_adapters(layer: torch.nn.Linear, shares: dict[str, tuple], scales: dict[str, float]) -> Any:
     """The layer with PEFT's adapters beside it."""
     wrapped = peft.tuners.lora.Linear(layer, "unused", r=1)
-    for name, factors in shares.items():
-        rank = len(factors.down)
-        wrapped.update_layer(name, rank, factors.scaling * rank, 0.0, False, False)
-        wrapped.lora_A[name].weight.data = factors.down.to(layer.weight.dtype)
-        wrapped.lora_B[name].weight.data = factors.up.to(layer.weight.dtype)
+    for name, (up, down, scaling) in shares.items():
+        wrapped.update_layer(name, len(down), scaling * len(down), 0.0, False, False)
+        wrapped.lora_A[name].weight.data = down.to(layer.weight.dtype)
+        wrapped.lora_B[name].weight.data = up.to(layer.weight.dtype)
         wrapped.set_scale(name, scales[name])
     wrapped.set_adapter(list(shares))
     return wrapped.requires_grad_(False)
@@ -401,7 +409,7 @@ def test_a_hundred_changes_leave_nothing_behind(loaded, files, kind: str) -> Non
     bare checkpoint. The parameters stay the same objects at the same addresses."""
     pipe = PIPELINES[kind](loaded)
     bare, image = weights_of(pipe), draw(pipe)
-    stack = handler.LoraStack(pipe, files)
+    stack = LoraStack(pipe, files)
     stack.apply(SCALES)
     places = [(p, p.data_ptr()) for part in PARTS for p in getattr(pipe, part).parameters()]
     default, styled = weights_of(pipe), draw(pipe)
@@ -424,7 +432,7 @@ def test_a_hundred_changes_leave_nothing_behind(loaded, files, kind: str) -> Non
 
 def test_a_change_within_a_job_leaves_ordinary_parameters(bare, files) -> None:
     """Jobs run under inference_mode, whose tensors could not be changed by anything outside of it."""
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     with torch.inference_mode():
         stack.apply(SCALES)
     assert not any(p.is_inference() for part in PARTS for p in getattr(bare, part).parameters())
@@ -433,8 +441,8 @@ def test_a_change_within_a_job_leaves_ordinary_parameters(bare, files) -> None:
 
 def test_scales_are_linear_and_may_be_negative(loaded, bare, files) -> None:
     """Scale -2 takes away twice what scale 1 adds."""
-    stack = handler.LoraStack(bare, files)
-    weights = [handler.lora_modules(pipe)["unet.mid_block.attentions.0.proj_in"].weight for pipe in (loaded, bare)]
+    stack = LoraStack(bare, files)
+    weights = [layers_of(pipe)["unet.mid_block.attentions.0.proj_in"].weight for pipe in (loaded, bare)]
     changes = []
     for scale in (1.0, -2.0):
         stack.apply({"detail_tweaker_xl": scale})
@@ -445,11 +453,11 @@ def test_scales_are_linear_and_may_be_negative(loaded, bare, files) -> None:
 def test_a_change_that_fails_half_way_is_made_good_by_the_next(bare, files) -> None:
     """Out of memory in the middle of the merge: whatever comes next, no half-changed weight is left."""
     before = weights_of(bare)
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     stack.apply(SCALES)
     default = weights_of(bare)
     for wanted, expected in ((SCALES, default), ({}, before)):
-        with pytest.raises(torch.OutOfMemoryError), Operations(fail_at=("aten.addmm.default", 50)):
+        with pytest.raises(torch.OutOfMemoryError), Operations(fail_at=("aten.mm.default", 50)):
             stack.apply({"detail_tweaker_xl": 3.0, "boring_reality_primaryv3_0": -1.0})
         assert stack.apply(wanted) is True
         assert_same(weights_of(bare), expected)
@@ -459,7 +467,7 @@ def test_a_change_that_fails_half_way_is_made_good_by_the_next(bare, files) -> N
 def test_a_name_that_is_not_in_the_stack_is_an_error(bare, files) -> None:
     """Nothing changes."""
     before = weights_of(bare)
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     with pytest.raises(KeyError, match="unheard_of"):
         stack.apply(SCALES | {"unheard_of": 1.0})
     assert stack.applied == {}
@@ -543,11 +551,11 @@ def test_a_bad_file_is_named_and_leaves_no_trace(bare, tmp_path: Path, kind: str
     nothing to complain of."""
     good, bad = write_lora(tmp_path / "good.safetensors"), tmp_path / "bad.safetensors"
     MORE[kind](bad) if kind in MORE else write_bad_lora(bad, kind)
-    alone = handler.LoraStack(bare, {"good": good})
+    alone = LoraStack(bare, {"good": good})
     alone.apply({"good": 1.0})
     expected = weights_of(bare)
     alone.apply({})
-    stack = handler.LoraStack(bare, {"bad": bad, "good": good})
+    stack = LoraStack(bare, {"bad": bad, "good": good})
     assert stack.failed.keys() == {"bad"}
     assert re.search(REASONS[kind], stack.failed["bad"])
     assert str(tmp_path) not in stack.failed["bad"] and len(stack.failed["bad"]) < 200
@@ -561,7 +569,7 @@ def test_good_files_make_no_noise(bare, files, caplog, recwarn) -> None:
     """Neither "No LoRA keys associated to CLIPTextModel found" nor "Already found a `peft_config` attribute"."""
     caplog.set_level(logging.WARNING)
     logging.getLogger("diffusers").setLevel(logging.WARNING)
-    handler.LoraStack(bare, files).apply(SCALES)
+    LoraStack(bare, files).apply(SCALES)
     assert not caplog.records and not recwarn.list
 
 
@@ -581,11 +589,11 @@ def compiler() -> Iterator[Counter[str]]:
 def test_compiled_blocks_serve_every_length_size_batch_and_stack(loaded, bare, files, compiler) -> None:
     """What start-up compiled, one graph a shape of block, is all that jobs need. Graphs are run by torch itself here:
     what counts is what is compiled, and when."""
-    stack = handler.LoraStack(bare, files)
+    stack = LoraStack(bare, files)
     stack.apply(SCALES)
-    handler.compile_unet(bare, backend="eager")
+    compile_unet(bare, backend="eager")
     compiled = compiler["unique_graphs"]
-    blocks = [module for module in bare.unet.modules() if type(module).__name__ in handler.COMPILED_BLOCKS]
+    blocks = [module for module in bare.unet.modules() if type(module).__name__ in COMPILED_BLOCKS]
     assert 0 < compiled < len(blocks)
     with torch.inference_mode():
         for batch, size, tokens in ((2, (16, 16), 77), (2, (24, 16), 154), (8, (16, 40), 231)):
