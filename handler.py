@@ -55,7 +55,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice, pairwise
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
@@ -1605,12 +1605,11 @@ def product(a: Any, b: Any, core: Any = None) -> Any:
     return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
 
 
-def difference(parts: Mapping[str, Any]) -> Any:
-    """Differences of whole weights, norms and biases: the change itself."""
-    return parts["diff"]
-
-
-LORA_KINDS = {"hada": hadamard, "lokr": kronecker, "diff": difference}  # how the parts' names begin -> kind; else LoRA
+LORA_KINDS = {  # how the names of the parts begin -> their kind; else it is low_rank
+    "hada": hadamard,
+    "lokr": kronecker,
+    "diff": itemgetter("diff"),  # differences of whole weights, norms and biases are the change itself
+}
 
 
 @dataclass(frozen=True)
@@ -1621,11 +1620,6 @@ class Share:
     parts: Mapping[str, Any]
     scaling: float  # alpha / rank
     magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the change is a product that does not depend on the weight."""
-        return self.kind is low_rank and self.magnitude is None
 
     def change(self, original: Any) -> Any:
         """The change in float32, for the checkpoint's own tensor in float32, on its device."""
@@ -1646,15 +1640,6 @@ def change_shape(kind: Callable[..., Any], shapes: tuple[tuple[str, tuple[int, .
 
 
 # files
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """What a file holds for SDXL."""
-
-    shares: dict[str, Share]  # name of a tensor, "unet.mid_block.attentions.0.proj_in.weight" -> its share
-    embeddings: dict[str, dict[str, Any]]  # bundled ones as they are, name -> {"clip_l": …, "clip_g": …}
-    warnings: list[str]
 
 
 def ldm_names(unet: Any) -> dict[str, str]:
@@ -1688,8 +1673,9 @@ def layer_spellings(pipe: Any) -> dict[str, str]:
     return spellings
 
 
-def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> LoraFile:
-    """A file of any kind, read for a pipeline whose layers are spelled so. Raises BadLora."""
+def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict[str, Share], dict, list[str]]:
+    """A file's shares, "unet.mid_block.attentions.0.proj_in.weight" -> Share; its bundled embeddings as they are, name
+    -> {"clip_l": (n, 768), "clip_g": (n, 1280)}; warnings. spellings are layer_spellings(pipe). Raises BadLora."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             configs = peft_configs(opened.metadata() or {})
@@ -1713,14 +1699,14 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> LoraFile:
                 unknown.add(name)
         except KeyError as part:
             raise BadLora(f"its layer {name} lacks the part {part}") from part
-        except (ValueError, RuntimeError, IndexError) as error:
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
             refuse(tensors, OTHER_MODELS)
             raise BadLora(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
     warnings = []
     if unknown:
         such = f"such as {min(unknown)[:80]!r}"
         warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
-    return LoraFile({name: share for name, share in shares.items() if share}, embeddings, warnings)
+    return {name: share for name, share in shares.items() if share}, embeddings, warnings
 
 
 def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
@@ -1757,8 +1743,8 @@ def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tu
 def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping[str, Any]) -> Share | None:
     """A file's share in a tensor of this name and shape; None for rank 0. configs are PEFT's, for each component.
 
-    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and ValueError, RuntimeError or
-    IndexError where the parts do not make up that shape.
+    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
+    ValueError, where the parts do not make up that shape.
     """
     parts = {part: usable(tensor) for part, tensor in parts.items()}
     component, _, layer = name.removesuffix(".weight").partition(".")
@@ -1830,8 +1816,9 @@ class Target:
     down: Any = None
 
     def plain(self, scales: Iterable[str]) -> dict[str, Share]:
-        """The plain shares of these adapters."""
-        return {name: share for name, share in self.shares.items() if share.is_plain and name in scales}
+        """The shares of these adapters that are products of two matrices, whatever the weight."""
+        shares = {name: share for name, share in self.shares.items() if name in scales}
+        return {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
 
     def settle(self, on_gpu: bool) -> None:
         """Parts the original from the tensor that is going to be changed, and joins the plain shares, so that a change
@@ -1903,16 +1890,15 @@ class LoraStack:
     def add(self, adapter: str, file: Path) -> None:
         """Reads a file."""
         try:
-            lora = read_lora(file, self.spellings, self.pipe)
+            shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
         except BadLora as reason:
             self.failed[adapter] = str(reason)
             log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
             return
         self.adapters.add(adapter)
-        self.warnings[adapter], self.embeddings[adapter] = lora.warnings, lora.embeddings
-        for warning in lora.warnings:
+        for warning in self.warnings[adapter]:
             log.warning("LoRA %s: %s", adapter, warning)
-        for name, share in lora.shares.items():
+        for name, share in shares.items():
             layer, _, end = name.rpartition(".")
             target = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
             self.targets.setdefault(name, target).shares[adapter] = share
