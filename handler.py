@@ -1597,7 +1597,7 @@ def kronecker(parts: Mapping[str, Any]) -> Any:
         w2 = parts["lokr_w2"]
     else:
         w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
 
 
 def product(a: Any, b: Any, core: Any = None) -> Any:

@@ -180,9 +180,7 @@ def main() -> None:
     print(
         f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}; {options.dtype}, {options.size} size"
     )
-    print(
-        f"{options.loras} files ({options.kind}, rank {options.rank}), {size / 1e9:.2f} GB; medians of {options.repeat} rounds"
-    )
+    print(f"{options.loras} files ({options.kind}, rank {options.rank}), {size / 1e9:.2f} GB; {options.repeat} rounds")
     print(f"seconds by {CLOCK.__name__}")
     alone = options.kind != "lora" or options.worker is not None
     print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat, alone)))
