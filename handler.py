@@ -1621,16 +1621,22 @@ class Share:
     scaling: float  # alpha / rank
     magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
 
+    def to(self, device: Any) -> Share:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, magnitude=magnitude)
+
     def change(self, original: Any) -> Any:
-        """The change in float32, for the checkpoint's own tensor in float32, on its device."""
-        parts = {name: part.to(original.device).float() for name, part in self.parts.items()}
+        """The change in float32, for the checkpoint's own tensor in float32; all on one device."""
+        parts = {name: part.float() for name, part in self.parts.items()}
         change = self.scaling * self.kind(parts).reshape(original.shape)
         if self.magnitude is None:
             return change
         turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
         norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
-        magnitude = self.magnitude.to(original.device).float().view(norm.shape)
-        return turned * (magnitude / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
+        return (
+            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
+        )
 
 
 @functools.lru_cache
@@ -1690,13 +1696,11 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict
         refuse(tensors, OTHER_MODELS)
         raise BadLora(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
     total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
-    for name, parts in changes.items():
-        tensor = attrgetter(name)(pipe)
+    changed = {name: attrgetter(name)(pipe) for name in changes}
+    unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
+    for name, tensor in changed.items():
         try:
-            if tensor is not None:
-                shares[name] = read_share(name, parts, tensor.shape, configs)
-            elif parts["diff"].any():
-                unknown.add(name)
+            shares[name] = None if tensor is None else read_share(name, changes[name], tensor.shape, configs)
         except KeyError as part:
             raise BadLora(f"its layer {name} lacks the part {part}") from part
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -1829,14 +1833,11 @@ class Target:
         elif tensor.data_ptr() == self.original.data_ptr():
             half = tensor.detach().half()
             if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
-                self.original = (
-                    half  # float32 pipelines too come from float16 files: half the memory holds them exactly
-                )
+                self.original = half  # exact: float32 pipelines too come from float16 files
             else:
                 tensor.data = tensor.detach().clone()
-        self.apart, device = True, tensor.device if on_gpu else "cpu"
-        for name, share in self.shares.items():
-            self.shares[name] = replace(share, parts={part: value.to(device) for part, value in share.parts.items()})
+        self.apart = True
+        self.shares = {name: share.to(self.original.device) for name, share in self.shares.items()}
         if plain := self.plain(self.shares):
             self.up = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], 1)
             self.down = torch.cat([share.parts["down"].flatten(1) for share in plain.values()])
@@ -1857,7 +1858,7 @@ class Target:
             change = ((up.to(device) * rank_scales) @ down.to(device).float()).view_as(original)
         for name, share in self.shares.items():
             if name in scales and name not in plain:
-                more = scales[name] * share.change(original.float())
+                more = scales[name] * share.to(device).change(original.float())
                 change = more if change is None else change + more
         if change is None:
             tensor.copy_(original)
@@ -1884,6 +1885,7 @@ class LoraStack:
         self.applied: dict[str, float] = {}
         self.adapters: set[str] = set()  # what can be applied
         self.targets: dict[str, Target] = {}
+        self.settled = False
         for adapter, file in files.items():
             self.add(adapter, file)
 
