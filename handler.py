@@ -4,12 +4,15 @@ The way of a job, and the order of this file:
 
     configuration   models and settings; every setting is an environment variable, parsed into Settings
     errors          one class per code that a client can see
-    downloads       Civitai or the volume -> verified files in the model store
-    pipeline, LoRAs files -> StableDiffusionXLPipeline on the GPU, LoRA stack merged into its weights
+    store           Civitai or the volume -> verified files in the model store
+    pipeline        files -> StableDiffusionXLPipeline on the GPU, held by an Engine with all that belongs to it
+    LoRAs           LoRA files -> changes of weights, merged into them as a stack
     prompts         A1111 text -> chunks of 75 tokens -> embeddings, blended into one 77-token tensor
+    sampling        noise, samplers and schedules as k-diffusion and A1111 have them -> latents
     images          pixels -> PNG, JPEG or WebP file that carries its recipe -> base64 or links
-    jobs            schedulers; {"input": {...}} -> checked request -> images, seed and metadata
-    entry           the command line here, RunPod's job loop there
+    jobs            {"input": {...}} -> checked request -> images, seed and metadata
+    queue           RunPod's job loop
+    entry           the command line
 
     python handler.py                      runs test_input.json and saves the images to OUTPUT_DIR
     python handler.py custom_input.json    the same with another job
@@ -33,6 +36,7 @@ import hashlib
 import heapq
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,10 +54,10 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain, islice, pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -75,7 +79,7 @@ class Lazy:
 
 
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
-requests, urllib3, tqdm = Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
+np, requests, urllib3, tqdm = Lazy("numpy"), Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
 aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
@@ -112,6 +116,7 @@ MB = 1_000_000  # RunPod's limits count in these
 MIB, GIB = 1024**2, 1024**3
 CIVITAI = "https://civitai.com"
 SAFETENSOR_QUERY = "type=Model&format=SafeTensor"
+VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
 
 
 def civitai_url(version_id: int, query: str = SAFETENSOR_QUERY) -> str:
@@ -184,15 +189,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of the worker, parsed and checked: see Settings.from_environ and the README's table."""
+    """Every setting of the worker, read from the environment and checked; the README's table explains them."""
 
     civitai_api_key: str = field(repr=False)
     civitai_base_url: str
     checkpoint_dir: Path
     lora_dir: Path
     compile_cache_dir: Path
-    checkpoint: dict[str, Any]
-    loras: list[dict[str, Any]]
+    checkpoint: dict[str, Any]  # as CHECKPOINT_CONFIG
+    loras: list[dict[str, Any]]  # as LORA_CONFIGS
     sdxl_config: str
     vae_model: str
     output_dir: Path
@@ -212,13 +217,21 @@ class Settings:
         """Raises SetupFailed with the setting's name, its rule and, unless it is secret, its value."""
         environ = {name: value.strip() for name, value in os.environ.items()}
         on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in environ
-        store = Path(environ.get("MODEL_CACHE_DIR") or default_model_dir())
+        key, base_url = environ.get("CIVITAI_API_KEY", ""), environ.get("CIVITAI_BASE_URL") or CIVITAI
+        if not re.fullmatch(r"[\x21-\x7e]*", key):  # the error of an HTTP library would quote it
+            raise SetupFailed(
+                "CIVITAI_API_KEY must be one word of plain ASCII; copy it again from your Civitai account page"
+            )
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise SetupFailed("CIVITAI_BASE_URL must be an address such as https://civitai.com")
+        cache = Path(environ.get("MODEL_CACHE_DIR") or default_cache_dir())
         return cls(
-            civitai_api_key=parse_key(environ.get("CIVITAI_API_KEY", "")),
-            civitai_base_url=parse_base_url(environ.get("CIVITAI_BASE_URL") or CIVITAI),
-            checkpoint_dir=Path(environ.get("CHECKPOINT_DIR") or store / "checkpoints"),
-            lora_dir=Path(environ.get("LORA_DIR") or store / "loras"),
-            compile_cache_dir=store / "torch_compile",
+            civitai_api_key=key,
+            civitai_base_url=base_url.rstrip("/"),
+            checkpoint_dir=Path(environ.get("CHECKPOINT_DIR") or cache / "checkpoints"),
+            lora_dir=Path(environ.get("LORA_DIR") or cache / "loras"),
+            compile_cache_dir=cache / "torch_compile",
             checkpoint=parse_checkpoint(environ.get("CHECKPOINT", "")),
             loras=parse_loras(environ.get("LORAS")),
             sdxl_config=environ.get("SDXL_CONFIG") or SDXL_CONFIG,
@@ -232,12 +245,22 @@ class Settings:
         )
 
 
-def default_model_dir() -> str:
-    """The network volume where one is mounted, else a folder here."""
-    return "/runpod-volume/models" if Path("/runpod-volume").is_dir() else "models"
+@functools.cache
+def default_cache_dir() -> Path:
+    """models/ on the network volume, else here. The volume's folder can be there without a volume that may be written
+    to: RunPod keeps its own model cache below it."""
+    on_volume = VOLUME / "models"
+    if VOLUME.is_dir() and not on_volume.is_dir():
+        try:
+            on_volume.mkdir()
+        except OSError as error:
+            log.warning("%s cannot be written to (%s): the model store is ./models", VOLUME, error.strerror)
+    return on_volume if on_volume.is_dir() else Path("models")
 
 
-def parse_number(environ: Mapping[str, str], name: str, default: float, low: float, high: float, whole=False) -> float:
+def parse_number(
+    environ: Mapping[str, str], name: str, default: float, low: float, high: float, whole: bool = False
+) -> float:
     """A number within [low, high]; an empty setting is the default."""
     text = environ.get(name) or str(default)
     try:
@@ -252,31 +275,11 @@ def parse_number(environ: Mapping[str, str], name: str, default: float, low: flo
 
 def parse_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
     """1 or 0, also spelled true/false, yes/no, on/off."""
+    switches = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
     text = environ.get(name, "").lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    if text:
+    if text and text not in switches:
         raise SetupFailed(f"{name} must be 1 or 0, got {text!r}")
-    return default
-
-
-def parse_key(text: str) -> str:
-    """The Civitai key, fit for a header: the error of an HTTP library would quote it."""
-    if not re.fullmatch(r"[\x21-\x7e]*", text):
-        raise SetupFailed(
-            "CIVITAI_API_KEY must be one word of plain ASCII; copy it again from your Civitai account page"
-        )
-    return text
-
-
-def parse_base_url(text: str) -> str:
-    """Scheme and host of the Civitai server, without a slash at the end."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise SetupFailed("CIVITAI_BASE_URL must be an address such as https://civitai.com")
-    return text.rstrip("/")
+    return switches.get(text, default)
 
 
 def parse_checkpoint(text: str) -> dict[str, Any]:
@@ -292,34 +295,29 @@ def parse_loras(text: str | None) -> list[dict[str, Any]]:
     """LORAS: None -> the table, "" -> no LoRAs, "135867@1.5,294259" -> those two at 1.5 and 1.0."""
     if text is None:
         return [dict(config) for config in LORA_CONFIGS]
-    return [parse_lora(item.strip()) for item in text.split(",") if item.strip()]
-
-
-def parse_lora(item: str) -> dict[str, Any]:
-    """One LoRA of LORAS: "135867@1.5", the scale optional."""
-    found = re.fullmatch(r"([0-9]{1,12})(?:\s*@\s*(-?[0-9]*\.?[0-9]+))?", item)
-    scale = float(found[2] or 1.0) if found else math.nan
-    if not abs(scale) <= MAX_LORA_SCALE:
-        raise SetupFailed(
-            f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
-            f"such as 135867@1.5,294259; got {item!r}"
-        )
     known = {version_id(config): config for config in LORA_CONFIGS}
-    config = known.get(found[1]) or lora_config(
-        f"civitai_{found[1]}", int(found[1]), 1.0, f"civitai_{found[1]}.safetensors"
-    )
-    return {**config, "scale": scale}
+    loras = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([0-9]{1,12})(?:\s*@\s*(-?[0-9]*\.?[0-9]+))?", item)
+        scale = float(found[2] or 1.0) if found else math.nan
+        if not abs(scale) <= MAX_LORA_SCALE:
+            raise SetupFailed(
+                f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
+                f"such as 135867@1.5,294259; got {item!r}"
+            )
+        name = f"civitai_{found[1]}"
+        config = known.get(found[1]) or lora_config(name, int(found[1]), scale, f"{name}.safetensors")
+        loras.append({**config, "scale": scale})
+    return loras
 
 
 def parse_bucket(environ: Mapping[str, str]) -> Bucket | None:
     """The bucket, where all three BUCKET_* are set; some of them alone would lose images silently."""
     names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
     missing = [name for name in names if not environ.get(name)]
-    if len(missing) == len(names):
-        return None
-    if missing:
+    if missing and len(missing) < len(names):
         raise SetupFailed(f"a bucket needs all of {', '.join(names)}; missing: {', '.join(missing)}")
-    return Bucket(*(environ[name] for name in names))
+    return None if missing else Bucket(*(environ[name] for name in names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,21 +383,21 @@ def failure_answer(failure: WorkerError) -> dict[str, Any]:
     return answer | {"refresh_worker": True} if failure.refresh_worker else answer
 
 
-# torch raises OutOfMemoryError for its own allocator; the others say so in words only
-OUT_OF_MEMORY_SIGNS = (
-    "out of memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError for its own allocator alone; NumPy, cuDNN and cuBLAS say it in words. cuBLAS says
+    NOT_INITIALIZED where its own start found no memory."""
+    signs = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED")
+    signs += ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def explain(error: Exception) -> WorkerError:
-    """The failure that a client sees for what a library raised."""
-    said = str(error)
-    if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY_SIGNS):
+    """The failure that a client sees for what a job raised."""
+    if isinstance(error, WorkerError):
+        return error
+    if is_out_of_memory(error):
         return OutOfMemory("the job did not fit into memory: ask for fewer or smaller images", detail=error)
-    if "CUDA error" in said or gpu_is_lost():
+    if "CUDA error" in str(error) or gpu_is_lost():
         return GpuLost("the GPU failed during the job; the worker is being replaced: send the job again", detail=error)
     return GenerationFailed(f"generating failed with {type(error).__name__}; the worker's log says more", detail=error)
 
@@ -418,7 +416,7 @@ def gpu_is_lost() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# downloads
+# store
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
@@ -1340,20 +1338,182 @@ class FetchProgress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pipeline and LoRAs
+# pipeline
+
+# part of a tensor's name -> what a file with it is; an SDXL checkpoint has none of these
+OTHER_CHECKPOINTS = {
+    "edm_mean": "a Playground 2.5 model (EDM)",
+    "edm_vpred.": "a CosXL model (EDM, v-prediction)",
+    "conditioner.embedders.0.model.": "an SDXL refiner",
+    "cond_stage_model.transformer.": "a Stable Diffusion 1.5 model",
+    "cond_stage_model.model.": "a Stable Diffusion 2 model",
+    "joint_blocks.": "a Stable Diffusion 3 model",
+    "double_blocks.": "a Flux model",
+    "double_layers.": "an AuraFlow model",
+    "lora_": "a LoRA",
+    "hada_": "a LoRA (LoHa)",
+    "lokr_": "a LoRA (LoKr)",
+    "down_blocks.": "in diffusers' layout, not in the single-file one",
+}
+UNET_KEY = "model.diffusion_model."
+TEXT_ENCODER_KEYS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
 # At 1024² an fp16 SDXL with its activations peaks near 11 GiB; "16 GB" cards report between 14.5 and 16 GiB.
 RESIDENT_GPU_BYTES = int(14.5 * GIB)
 UNTILED_PIXELS = 1_500_000
-
-
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # 70 and 17 of them do nearly all of the UNet's work
 
 
-def keep_compiled_code(settings: Settings) -> None:
-    """Sends what torch.compile makes to the model store, for later workers; torch reads this while it is imported."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.compile_cache_dir))
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
+@dataclass
+class Engine:
+    """What draws: the pipeline and all that belongs to it. One a process; jobs share it."""
+
+    settings: Settings
+    files: ModelFiles
+    pipe: Any  # StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU
+    stack: LoraStack
+    encoder: PromptEncoder
+    scheduler_config: Mapping[str, Any]  # the checkpoint's own, which every job's scheduler is built from
+
+    @classmethod
+    def load(cls, settings: Settings) -> Engine:
+        """Fetches the models, builds the pipeline and merges the configured LoRA stack. Raises SetupFailed
+        (DownloadError where a file could not be had)."""
+        fetching = in_background(fetch_models, settings)  # beside the imports, which take 4-7 s
+        if settings.torch_compile:  # what it compiles goes to the model store, for later workers; read at the import
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.compile_cache_dir))
+            os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
+        with phase("imports"):
+            device = choose_device(settings)
+            import_libraries()
+        files = fetching.result()
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        scheduler_config = read_checkpoint(files.checkpoint)
+        with phase("checkpoint and VAE"):
+            pipe = build_pipeline(settings, files.checkpoint, dtype)
+        with phase("LoRA files"):
+            stack = LoraStack(pipe, files.loras)
+            stack.failed.update(files.failed)
+        with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
+            if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < RESIDENT_GPU_BYTES:
+                pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
+            else:
+                pipe.to(device)
+        check_weights(pipe)
+        with phase("merging the LoRA stack"), as_setup_failure("the LoRA stack could not be merged"):
+            stack.apply({name: config["scale"] for name, config in settings.stack.items()})
+        in_background(hash_models, files)  # ahead of the first job, whose recipe names them
+        if settings.torch_compile:
+            compile_unet(pipe)
+        return cls(settings, files, pipe, stack, PromptEncoder(pipe), {**pipe.scheduler.config, **scheduler_config})
+
+
+@contextmanager
+def as_setup_failure(message: str) -> Iterator[None]:
+    """Turns what a library raises while the models load into SetupFailed, with this message or, out of memory, with
+    what to choose instead."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
+        elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
+            message = "the checkpoint is no whole SDXL model: some of its weights are missing; set another CHECKPOINT"
+        raise SetupFailed(message, detail=error) from error
+
+
+def load_pipeline() -> Any:
+    """The ready StableDiffusionXLPipeline, its LoRA stack merged at the configured scales. Raises SetupFailed."""
+    return Engine.load(Settings.from_environ()).pipe
+
+
+def choose_device(settings: Settings) -> str:
+    """ "cuda" where two small matrices can be multiplied on it, so that a GPU without kernels for it (Blackwell), or a
+    broken one, is told before the models are there; "cpu" where the settings allow it. Raises SetupFailed."""
+    if not torch.cuda.is_available():
+        if settings.allow_cpu:
+            return "cpu"
+        raise SetupFailed(
+            "no CUDA device was found: choose a GPU that CUDA 11.8 supports, or set ALLOW_CPU=1 for a slow run "
+            "without one",
+            detail=f"torch {torch.__version__}, CUDA {torch.version.cuda}",
+        )
+    try:
+        ones = torch.ones(64, 64, dtype=torch.float16, device="cuda")
+        works = (ones @ ones).eq(64).all().item()
+        cause: object = "wrong result"
+    except RuntimeError as error:
+        works, cause = False, error
+    if not works:
+        raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
+    return "cuda"
+
+
+def import_libraries() -> None:
+    """Imports what a pipeline needs, without garbage collection: what 3,000 modules make while they are imported stays
+    for good, and looking through it again and again takes a seventh of their time."""
+    gc.disable()
+    try:
+        _ = diffusers.StableDiffusionXLPipeline, diffusers.AutoencoderKL  # diffusers imports a class when it is named
+    finally:
+        gc.enable()
+    # progress bars of the libraries' own loading steps would stand between the log's lines
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's header says that its scheduler must know: prediction_type and rescale_betas_zero_snr, by the
+    tensors `v_pred` and `ztsnr` or the metadata. Raises SetupFailed for a file that cannot be run, before it is loaded,
+    and says what it is."""
+    with (
+        as_setup_failure("the checkpoint cannot be read: delete it, and it is fetched again"),
+        safetensors.safe_open(checkpoint, framework="pt") as file,
+    ):
+        names, metadata = set(file.keys()), file.metadata() or {}
+        first = f"{UNET_KEY}input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1] if first in names else 4
+    kind = next((kind for sign, kind in OTHER_CHECKPOINTS.items() if any(sign in name for name in names)), "")
+    parts = {"UNet": UNET_KEY, "first text encoder": TEXT_ENCODER_KEYS[0], "second text encoder": TEXT_ENCODER_KEYS[1]}
+    missing = [part for part, key in parts.items() if not any(name.startswith(key) for name in names)]
+    if not kind and channels != 4:
+        kind = "an SDXL inpainting model" if channels == 9 else f"an SDXL model that takes {channels} channels"
+    if not kind and missing:
+        kind = f"a file without {' and '.join(missing)}"
+    if kind:
+        raise SetupFailed(f"the checkpoint is {kind}, which cannot be run here: set CHECKPOINT to an SDXL checkpoint")
+    predicts_v = "v_pred" in names or metadata.get("modelspec.prediction_type", "").lower().startswith("v")
+    config: dict[str, Any] = {"prediction_type": "v_prediction"} if predicts_v else {}
+    return config | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+
+
+def check_weights(pipe: Any) -> None:
+    """Raises SetupFailed where the checkpoint or the VAE holds NaN or infinite numbers, which would
+    make every image black."""
+    for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        weights = dict(getattr(pipe, component).named_parameters())
+        bounds = torch.stack([torch.stack(weight.detach().aminmax()).float() for weight in weights.values()])
+        finite = bounds.isfinite().all(1).tolist()
+        if not all(finite):
+            name = list(weights)[finite.index(False)]
+            what = "VAE" if component == "vae" else "checkpoint"
+            raise SetupFailed(f"the {what} is damaged: its {component} holds NaN or infinite numbers, in {name}")
+
+
+def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
+    """The bare checkpoint's pipeline, in host memory."""
+    with as_setup_failure("the VAE could not be loaded: check VAE_MODEL"):
+        vae = diffusers.AutoencoderKL.from_pretrained(settings.vae_model, torch_dtype=dtype)
+    if vae.config.force_upcast:  # the original SDXL VAE overflows in float16
+        vae.float()
+    with as_setup_failure(
+        "the checkpoint could not be loaded: check that CHECKPOINT is an SDXL model, and SDXL_CONFIG"
+    ):
+        pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
+            str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
+        )
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
+    return pipe
 
 
 def compile_unet(pipe: Any, backend: str = "inductor") -> None:
@@ -1376,131 +1536,25 @@ def compile_unet(pipe: Any, backend: str = "inductor") -> None:
         raise SetupFailed("torch.compile failed on this machine: unset TORCH_COMPILE", detail=error) from error
 
 
-# loading
-
-
-def load_pipeline() -> Any:
-    """The ready StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU, its LoRA stack merged at the configured
-    scales. `pipe.lora_stack` is the stack, `pipe.scheduler_config` what every job's scheduler is built from,
-    `pipe.model_files` the files that its images' recipes name.
-
-    Raises SetupFailed (DownloadError where a file could not be had).
-    """
-    settings = Settings.from_environ()
-    files = in_background(fetch_models, settings)  # beside the imports, which take 4-7 s
-    if settings.torch_compile:
-        keep_compiled_code(settings)
-    with phase("imports"), garbage_left():
-        device = choose_device(settings)
-        import_libraries()
-    models = files.result()
-    with phase("checkpoint and VAE"):
-        pipe = build_pipeline(settings, models.checkpoint, torch.float16 if device == "cuda" else torch.float32)
-    with phase("LoRA files"):
-        pipe.lora_stack = LoraStack(pipe, models.loras)
-        pipe.lora_stack.failed.update(models.failed)
-    with phase("move to %s", device):
-        place_pipeline(pipe, device)
-    with phase("merging the LoRA stack"):
-        pipe.lora_stack.apply({name: config["scale"] for name, config in settings.stack.items()})
-    pipe.model_files = models
-    in_background(hash_models, models)
-    if settings.torch_compile:
-        compile_unet(pipe)
-    return pipe
-
-
-def choose_device(settings: Settings) -> str:
-    """ "cuda", or "cpu" where the settings allow it; raises SetupFailed otherwise."""
-    if torch.cuda.is_available():
-        check_cuda()
-        return "cuda"
-    if settings.allow_cpu:
-        return "cpu"
-    raise SetupFailed(
-        "no CUDA device was found: choose a GPU that CUDA 11.8 supports, or set ALLOW_CPU=1 for a slow run without one",
-        detail=f"torch {torch.__version__}, CUDA {torch.version.cuda}",
-    )
-
-
-def check_cuda() -> None:
-    """Multiplies two small matrices: a GPU without kernels for it (Blackwell), or a broken one, is told before the
-    models are there. Raises SetupFailed."""
-    try:
-        ones = torch.ones(64, 64, dtype=torch.float16, device="cuda")
-        works = (ones @ ones).eq(64).all().item()
-        cause: object = "wrong result"
-    except RuntimeError as error:
-        works, cause = False, error
-    if not works:
-        raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
-
-
-@contextmanager
-def garbage_left() -> Iterator[None]:
-    """No garbage collection for a while: what 3,000 modules make while they are imported stays for good, and looking
-    through it again and again takes a seventh of their time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def import_libraries() -> None:
-    """Imports what a pipeline needs."""
-    _ = diffusers.StableDiffusionXLPipeline, diffusers.AutoencoderKL  # diffusers imports a class when it is named
-    # progress bars of the libraries' own loading steps would stand between the log's lines
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
-    """The bare checkpoint's pipeline, in host memory."""
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(settings.vae_model, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SetupFailed("the VAE could not be loaded: check VAE_MODEL", detail=error) from error
-    if vae.config.force_upcast:  # the original SDXL VAE overflows in float16
-        vae.float()
-    try:
-        pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
-            str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise SetupFailed(
-            "the checkpoint could not be loaded: check that CHECKPOINT is an SDXL model, and SDXL_CONFIG",
-            detail=error,
-        ) from error
-    pipe.scheduler_config = pipe.scheduler.config
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
-    return pipe
-
-
-def place_pipeline(pipe: Any, device: str) -> None:
-    """Everything on the GPU where it fits, else each model only while it works (model CPU offload)."""
-    if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < RESIDENT_GPU_BYTES:
-        pipe.enable_model_cpu_offload()
-    else:
-        pipe.to(device)
-
-
-# decoding
-
-
 def decode(pipe: Any, latents: Any) -> list[Any]:
     """Latents (n, 4, h/8, w/8) -> n PIL images.
 
     An image with NaN or nothing but black is decoded again in float32: fp16 VAEs overflow on some latents, and
     diffusers would return the black image with a RuntimeWarning only. Raises GenerationFailed where it stays so.
     """
-    pipe.vae.use_slicing = len(latents) > 1
-    pipe.vae.enable_tiling(latents[0, 0].numel() * pipe.vae_scale_factor**2 > UNTILED_PIXELS)
+    vae = pipe.vae
+    vae.use_slicing = len(latents) > 1
+    vae.enable_tiling(latents[0, 0].numel() * pipe.vae_scale_factor**2 > UNTILED_PIXELS)
     pixels = decode_pixels(pipe, latents)
     bad = is_black(pixels)
     if bad.any():
         log.warning("%d of %d images came out black: decoding again in float32", bad.sum(), len(bad))
-        pixels[bad] = decode_in_float32(pipe, latents[bad])
+        dtype = vae.dtype
+        try:
+            vae.to(torch.float32)  # inside: without memory it ends half-way
+            pixels[bad] = decode_pixels(pipe, latents[bad])
+        finally:
+            vae.to(dtype)  # float16 -> float32 -> float16 loses nothing
         if is_black(pixels).any():
             raise GenerationFailed("the image came out black or with NaN, in float32 too: try another seed or prompt")
     pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (n, height, width, 3)
@@ -1517,16 +1571,6 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
     pixels = pipe.vae.decode(latents, return_dict=False)[0]
     pixels = pixels.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)  # the clamp to 0..1 would hide overflow
     return pipe.image_processor.denormalize(pixels).float()
-
-
-def decode_in_float32(pipe: Any, latents: Any) -> Any:
-    """decode_pixels with the VAE in float32 for this once; float16 -> float32 -> float16 loses nothing."""
-    dtype = pipe.vae.dtype
-    pipe.vae.to(torch.float32)
-    try:
-        return decode_pixels(pipe, latents)
-    finally:
-        pipe.vae.to(dtype)
 
 
 def is_black(pixels: Any) -> Any:
@@ -1958,6 +2002,8 @@ def scale_ranks(targets: Iterable[Target], scales: Mapping[str, float], device: 
 # prompts
 
 LONG_PROMPT_MODES = ("blend", "concat", "truncate")
+EMPHASES = ("no norm", "original")
+MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black image
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
@@ -1978,8 +2024,13 @@ SYNTAX = re.compile(
     r"|[^\\()\[\]:B]+|.",
     re.DOTALL,
 )
+# A1111's [from:to:when], [a|b] and AND; times and ratios have no letter in them
+PROMPT_EDITING = re.compile(r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])[^\[\]]*(?:\|[^\[\]]*|:\s*\d*\.?\d+\s*)\]|\bAND\b")
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
+
+
+# A1111's prompt language
 
 
 def split_lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -1988,16 +2039,13 @@ def split_lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     Without a scale it is 1.0; a scale that is no number is NaN, which no range lets pass. Where a tag has several (for
     the text encoders, for the UNet, for blocks), the first counts.
     """
-    tags = [(name.strip(), lora_scale(scale)) for name, scale in LORA_TAG.findall(prompt)]
+    tags = []
+    for name, scale in LORA_TAG.findall(prompt):
+        try:
+            tags.append((name.strip(), float(scale or 1.0)))
+        except ValueError:
+            tags.append((name.strip(), math.nan))
     return LORA_TAG.sub("", prompt), tags
-
-
-def lora_scale(text: str) -> float:
-    """The number in a LoRA tag: "0.8" -> 0.8, "" -> 1.0, "strong" -> NaN."""
-    try:
-        return float(text or 1.0)
-    except ValueError:
-        return math.nan
 
 
 def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
@@ -2006,8 +2054,10 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
     "a (cat:1.3), [fog] BREAK b" -> [[("a ", 1.0), ("cat", 1.3), (", ", 1.0), ("fog", 0.91), (" ", 1.0)], [(" b", 1.0)]]
     A bracket that is never closed acts on all that follows, one never opened is text. A BREAK between brackets is a
     BREAK as well (A1111 would weigh it, and read it as a word). Its prompt editing ([a:b:0.5]) and AND are text here.
+    Raises InvalidInput for a weight beyond ±MAX_WEIGHT.
     """
-    texts: list[str | None] = []  # None is a BREAK
+    # 1. the texts (None is a BREAK) with the product of the factors of all brackets around each
+    texts: list[str | None] = []
     weights = torch.ones(len(prompt), dtype=torch.float64)
     opened: dict[str, list[int]] = {")": [], "]": []}
     for match in SYNTAX.finditer(prompt):
@@ -2016,19 +2066,19 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
             opened[CLOSING[found]].append(len(texts))
         elif kind in ("weight", "close") and opened[found[-1]]:
             factor = float(match["weight"] or FACTORS[found[-1]])
+            if not abs(factor) <= MAX_WEIGHT:
+                raise InvalidInput(f"a weight must be from -100 to 100, got {shown(match['weight'])}")
             weights[opened[found[-1]].pop() : len(texts)] *= factor  # innermost first: rounded as A1111 rounds
         else:
             texts.append(None if kind == "BREAK" else match["escaped"] if kind == "escaped" else found)
     for closing, starts in opened.items():
         for start in starts:
             weights[start : len(texts)] *= FACTORS[closing]
-    return join_texts(texts, weights.tolist())
-
-
-def join_texts(texts: list[str | None], weights: list[float]) -> list[list[tuple[str, float]]]:
-    """Stretches between BREAKs (None), in which neighbours of equal weight are joined."""
+    if not (weights.abs() <= MAX_WEIGHT).all():
+        raise InvalidInput(f"weights of nested brackets must multiply to at most 100, got {weights.abs().amax():.4g}")
+    # 2. neighbours of equal weight joined, so that words are tokenized whole
     stretches: list[list[tuple[str, float]]] = [[]]
-    for text, weight in zip(texts, weights, strict=False):
+    for text, weight in zip(texts, weights.tolist(), strict=False):
         if text is None:
             stretches.append([])
         elif stretches[-1] and stretches[-1][-1][1] == weight:
@@ -2041,6 +2091,9 @@ def join_texts(texts: list[str | None], weights: list[float]) -> list[list[tuple
 def well_formed(text: str) -> str:
     """The text with U+FFFD for each lone surrogate, which UTF-8 cannot carry."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+# tokens
 
 
 def merge_symbols(ranks: Mapping[tuple[str, str], int], symbols: list[str]) -> list[str]:
@@ -2069,22 +2122,6 @@ def merge_symbols(ranks: Mapping[tuple[str, str], int], symbols: list[str]) -> l
                 changed += [before[left], left]
 
 
-def linear_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer with the same ids and no quadratic loop: for the slow one a copy that merges with merge_symbols."""
-    if not hasattr(tokenizer, "bpe_ranks"):
-        return tokenizer
-
-    @functools.cache
-    def bpe(word: str) -> str:
-        if word in tokenizer.cache:  # special tokens are there from the start
-            return tokenizer.cache[word]
-        return " ".join(merge_symbols(tokenizer.bpe_ranks, [*word[:-1], word[-1] + "</w>"]))
-
-    twin = copy.copy(tokenizer)
-    twin.bpe = bpe
-    return twin
-
-
 Tokens = tuple[list[str], ...]  # of one text, one list for each tokenizer
 
 
@@ -2097,11 +2134,28 @@ class Reader:
     """
 
     def __init__(self, *tokenizers: Any, special_as_text: bool = False) -> None:
-        self.tokenizers = [linear_tokenizer(tokenizer) for tokenizer in tokenizers]
+        self.tokenizers = [self.linear(tokenizer) for tokenizer in tokenizers]
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
         self.special = set(tokenizers[0].all_special_tokens)
         self.known: dict[str, Tokens] = {}
+
+    @staticmethod
+    def linear(tokenizer: Any) -> Any:
+        """A tokenizer with the same ids and no quadratic loop: of the slow one a copy that merges by merge_symbols."""
+        if not hasattr(tokenizer, "bpe_ranks"):
+            return tokenizer
+
+        @functools.cache
+        def bpe(word: str) -> str:
+            """The tokens of a word, joined by spaces, as CLIPTokenizer.bpe returns them."""
+            if word in tokenizer.cache:  # special tokens are there from the start
+                return tokenizer.cache[word]
+            return " ".join(merge_symbols(tokenizer.bpe_ranks, [*word[:-1], word[-1] + "</w>"]))
+
+        twin = copy.copy(tokenizer)
+        twin.bpe = bpe
+        return twin
 
     def __call__(self, text: str) -> Tokens:
         """ "a <|endoftext|>" -> (["a</w>", "<|endoftext|>"], ["a</w>", "<|endoftext|>"])."""
@@ -2117,6 +2171,9 @@ class Reader:
     def ends_word(self, token: str) -> bool:
         """Whether a word ends with a token of the first tokenizer."""
         return token.endswith("</w>") or token in self.special
+
+
+# chunks
 
 
 @dataclass(frozen=True)
@@ -2155,6 +2212,7 @@ def cut_words(read: Reader, text: str) -> list[str]:
 
     @functools.cache
     def lengths(part: str) -> list[int]:
+        """Bytes that each token of a part spells."""
         return [len(token.removesuffix("</w>")) for token in read(part)[0]]
 
     places = accumulate(lengths(text))
@@ -2239,54 +2297,56 @@ def chunk_prompt(read: Reader, prompt: str, long_prompt: str) -> list[list[Piece
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
 
 
+# states
+
+
 @dataclass(frozen=True)
 class ChunkState:
     """What the text encoders make of one chunk."""
 
-    hidden: tuple[Any, ...]  # weighted, one an encoder: (1, 77, 768), (1, 77, 1280)
-    counts: tuple[int, ...]  # real tokens, one an encoder
-    pooled: Any  # (1, 1280), not weighted
+    hidden: Any  # (1, 77, 768 + 1280), weighted
+    count: int  # its tokens, of the encoder that has more of them
+    pooled: Any  # (1, 1280), the second encoder's, never weighted
 
 
-def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int) -> list[ChunkState]:
-    """All chunks in one batch through each text encoder, equal ones once."""
-    hidden, counts = [], []
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str = "no norm") -> list[ChunkState]:
+    """All chunks in one batch through each text encoder, equal ones once.
+
+    Emphasis: a token's state is multiplied by its weight; "original" then restores the chunk's mean over the 77
+    positions, as A1111 does.
+    """
+    hidden, counts = [], [0] * len(chunks)
     device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
     encoders = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
     for k, (tokenizer, encoder) in enumerate(encoders):
-        tokens = [[token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS] for chunk in chunks]
-        counts.append([len(row) for row in tokens])
-        windows = [window_ids(tokenizer, row) for row in tokens]
+        windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
+        for i, chunk in enumerate(chunks):
+            tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
+            ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id]
+            windows.append((*ids, *[tokenizer.pad_token_id] * (WINDOW - len(ids))))
+            factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][:CHUNK_TOKENS]
+            weights[i, 1 : 1 + len(factors), 0] = torch.tensor(factors)
+            counts[i] = max(counts[i], len(tokens))
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
         output = encoder(torch.tensor(list(place), device=device), output_hidden_states=True)
         order = [place[window] for window in windows]
-        weights = torch.tensor([window_weights(chunk, k) for chunk in chunks], device=device).unsqueeze(-1)
-        hidden.append((output.hidden_states[-clip_skip][order] * weights).to(dtype))  # (n, 77, D)
-    pooled = output.text_embeds[order]  # (n, 1280), the second encoder's alone
-    return [
-        ChunkState(tuple(h[i : i + 1] for h in hidden), tuple(c[i] for c in counts), pooled[i : i + 1])
-        for i in range(len(chunks))
-    ]
-
-
-def window_ids(tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
-    """BOS, the tokens' ids, EOS, and the tokenizer's own padding: 77 ids."""
-    ids = (tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id)
-    return ids + (tokenizer.pad_token_id,) * (WINDOW - len(ids))
-
-
-def window_weights(chunk: list[Piece], k: int) -> list[float]:
-    """The weight of each of the 77 positions: 1.0 for BOS, EOS and padding."""
-    weights = [1.0, *(piece.weight for piece in chunk for _ in piece.tokens[k])][: CHUNK_TOKENS + 1]
-    return weights + [1.0] * (WINDOW - len(weights))
+        states = output.hidden_states[-clip_skip][order]  # (n, 77, D)
+        weighted = states * weights.to(device)
+        if emphasis == "original":
+            before, after = (t.float().mean((1, 2), keepdim=True) for t in (states, weighted))
+            weighted = weighted * (before / after)
+        hidden.append(weighted.to(dtype))
+    both, pooled = torch.cat(hidden, dim=-1), output.text_embeds[order]  # (n, 77, 2048), (n, 1280)
+    return [ChunkState(both[i : i + 1], count, pooled[i : i + 1]) for i, count in enumerate(counts)]
 
 
 def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None = None) -> Any:
-    """Blends n tensors (1, 77, D) into one (1, 77, D), in float32 at least; one comes back unchanged.
+    """Blends n tensors (1, 77, D) into one (1, 77, D) by likeness; one comes back unchanged.
 
-    Position 0 is the first chunk's BOS. Every later position is the mean over the chunks that hold a real token there
-    (token_counts[i] of them in chunk i, at 1 to token_counts[i]), where none does over all: of chunks with 2 and 1
-    tokens position 1 is the mean of both, 2 is the first's, 3 and on are means of both. Without counts all are means.
+    Position 0 is the first chunk's BOS state. The others are the chunks' real states in the prompt's order: of chunk i
+    those at 1 to token_counts[i] and the EOS behind them, without counts all 76. The most alike are merged until 76
+    are left; where there are fewer, padding states of the first chunk, then of the next, fill up. A mean by position
+    would be a mean of unrelated words, which says nothing: see the README, long_prompt.
     """
     if not text_chunks or any(chunk.shape != text_chunks[0].shape or len(chunk) != 1 for chunk in text_chunks):
         raise ValueError(f"chunks must be tensors of one shape (1, 77, D), got {[tuple(c.shape) for c in text_chunks]}")
@@ -2294,14 +2354,64 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
         raise ValueError(f"{len(text_chunks)} chunks need as many token counts, got {len(token_counts)}")
     if len(text_chunks) == 1:
         return text_chunks[0]
-    dtype = text_chunks[0].dtype
+    window, dtype = text_chunks[0].shape[1], text_chunks[0].dtype
     chunks = torch.cat(list(text_chunks)).to(torch.promote_types(dtype, torch.float32))  # (n, 77, D)
-    counts = torch.tensor([0] * len(chunks) if token_counts is None else token_counts, device=chunks.device)
-    real = torch.arange(chunks.shape[1], device=chunks.device) <= counts.unsqueeze(1)  # (n, 77)
-    real = (real | ~real.any(dim=0)).unsqueeze(-1)
-    blended = torch.where(real, chunks, 0).sum(dim=0) / real.sum(dim=0)  # (77, D)
-    blended[0] = chunks[0, 0]
+    ends = [min(count + 2, window) for count in token_counts or [window] * len(chunks)]  # behind each EOS
+    real = torch.cat([chunk[1:end] for chunk, end in zip(chunks, ends, strict=True)])  # (N, D)
+    padding = torch.cat([chunk[end:] for chunk, end in zip(chunks, ends, strict=True)])
+    merged = merge_alike(real, window - 1)
+    blended = torch.cat([chunks[0, :1], merged, padding[: window - 1 - len(merged)]])  # (77, D)
     return blended.unsqueeze(0).to(dtype)
+
+
+def merge_alike(states: Any, most: int) -> Any:
+    """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
+    as they are.
+
+    Rounds: pairs that are each other's most alike (cosine) are merged into the mean of all that they stand for, the
+    most alike quarter of them, then anew: all at once would merge unlike ones early. Likeness is multiplied out once;
+    that of a mean follows from those of its parts.
+    """
+    count, device = len(states), states.device
+    group = torch.arange(count, device=device)  # state -> row of its mean in what follows
+    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e30)
+    likeness = (states @ states.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
+    likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
+    likeness.fill_diagonal_(-math.inf)
+    while count > most:
+        # 1. pairs that are each other's most alike share their rows' maximum
+        best, order = likeness.amax(dim=1).sort(stable=True)
+        twin = (best[1:] == best[:-1]) & (best[1:] > -math.inf)
+        rows = order[torch.nn.functional.pad(twin, (1, 0)) | torch.nn.functional.pad(twin, (0, 1))]
+        partner = torch.full_like(order, -1).index_copy_(0, rows, likeness[rows].argmax(dim=1))
+        first = rows.sort().values
+        first = first[(partner[partner[first]] == first) & (first < partner[first])]
+        # 2. the most alike quarter of them: the second joins the first
+        ranked = likeness[first, partner[first]].argsort(descending=True, stable=True)
+        first = first[ranked[: min(max(len(first) // 4, 1), count - most)]]
+        second, count = partner[first], count - len(first)
+        total = sizes[first] + sizes[second]
+        a, b = norms[first] * sizes[first] / total, norms[second] * sizes[second] / total  # parts of the mean's length
+        norms[first] = (a * a + b * b + 2 * a * b * likeness[first, second]).sqrt().clamp_min(1e-30)
+        a, b = (a / norms[first]).unsqueeze(1), (b / norms[first]).unsqueeze(1)
+        likeness.fill_diagonal_(1.0)
+        merged = likeness[first] * a + likeness[second] * b
+        mutual = merged[:, first] * a.T + merged[:, second] * b.T
+        merged[:, first] = (mutual + mutual.T) / 2
+        likeness[first], likeness[:, first], sizes[first] = merged, merged.T, total
+        # 3. rows that are gone are -inf, and taken out now and then
+        likeness.fill_diagonal_(-math.inf)
+        likeness[second], likeness[:, second] = -math.inf, -math.inf
+        sizes[second] = 0
+        group = torch.arange(len(sizes), device=device).index_copy_(0, second, first)[group]
+        if count < 0.8 * len(sizes) or count <= most:
+            left = sizes.nonzero().flatten()
+            group = torch.full_like(sizes, -1, dtype=torch.long).index_copy_(
+                0, left, torch.arange(count, device=device)
+            )[group]
+            sizes, norms = sizes[left], norms[left]
+            likeness = likeness.index_select(0, left).index_select(1, left)
+    return torch.zeros_like(states[:count]).index_add_(0, group, states) / sizes.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -2318,17 +2428,14 @@ class Encoded:
 
 
 def join_states(states: list[ChunkState], long_prompt: str) -> Encoded:
-    """Concatenated to (1, 77·n, 2048) with the first chunk's pooled embedding, or blended to (1, 77, 2048)."""
+    """Blended to (1, 77, 2048) with the mean of the pooled embeddings, which says what each chunk is about; or
+    concatenated to (1, 77·n, 2048) with the first chunk's, as in A1111."""
+    hidden = [state.hidden for state in states]
     if long_prompt == "concat" or len(states) == 1:
-        embeds = torch.cat([torch.cat(state.hidden, dim=-1) for state in states], dim=1)
-        return Encoded(embeds, states[0].pooled, len(states))
-    halves = [
-        build_77_token_tensor([state.hidden[k] for state in states], [state.counts[k] for state in states])
-        for k in range(len(states[0].hidden))
-    ]
+        return Encoded(torch.cat(hidden, dim=1), states[0].pooled, len(states))
     pooled = torch.cat([state.pooled for state in states])
     pooled = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
-    return Encoded(torch.cat(halves, dim=-1), pooled, len(states))
+    return Encoded(build_77_token_tensor(hidden, [state.count for state in states]), pooled, len(states))
 
 
 def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOKENS) -> tuple[Any, Any]:
@@ -2343,6 +2450,9 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
         states = encode_chunks(pipe, pack_chunks(cut_pieces(read, prompt, max_tokens), max_tokens), clip_skip=2)
         encoded = join_states(states, "blend")
     return encoded.embeds, encoded.pooled
+
+
+# a job's prompts
 
 
 @dataclass(frozen=True)
@@ -2365,36 +2475,42 @@ class PromptEncoder:
         self.pipe = pipe
         self.seen: dict[Hashable, Encoded] = {}  # in host memory, the last used at the end
 
-    def encode(
-        self, prompt: str, negative_prompt: str, *, long_prompt: str, clip_skip: int, stack: Hashable, guidance: bool
-    ) -> Conditioning:
+    def encode(self, request: JobRequest, stack: Hashable) -> Conditioning:
         """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on.
 
         An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained. Where the
         batch fails each prompt is tried alone, and where that fails cut to its first 75 tokens, with a warning.
         """
-        prompts = {"prompt": prompt}
-        if guidance and split_lora_tags(negative_prompt)[0].strip():
-            prompts["negative prompt"] = negative_prompt
-            if long_prompt == "concat":
-                prompts["filling"] = ""
-        options = long_prompt, clip_skip, stack
+        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
+        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
+            prompts["negative prompt"] = request.negative_prompt
+        options = request.long_prompt, request.clip_skip, request.emphasis, stack
         warnings: list[str] = []
         try:
             encoded = self.encode_prompts(list(prompts.values()), *options)
         except Exception as error:  # noqa: BLE001 - the contract's fallback: all but the GPU's failures
             raise_gpu_failure(error)
             encoded = [self.encode_alone(name, prompt, warnings, *options) for name, prompt in prompts.items()]
-        return condition([side.to(self.pipe._execution_device) for side in encoded], guidance, tuple(warnings))
+        positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
+        if rest:
+            positive, negative = self.match_lengths(positive, rest[0], options)
+        elif guidance:
+            negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
+        else:
+            negative = Encoded(None, None, 0)
+        return Conditioning(
+            *(positive.embeds, negative.embeds, positive.pooled, negative.pooled),
+            *(positive.chunks, negative.chunks, tuple(warnings)),
+        )
 
-    def encode_prompts(self, prompts: list[str], long_prompt: str, clip_skip: int, stack: Hashable) -> list[Encoded]:
-        """The prompts, those not seen before in one batch."""
-        keys = {prompt: (prompt, long_prompt, clip_skip, stack) for prompt in prompts}
+    def encode_prompts(self, prompts: list[str], long_prompt: str, *options: Hashable) -> list[Encoded]:
+        """The prompts, those not seen before in one batch. options: clip_skip, emphasis, stack."""
+        keys = {prompt: (prompt, long_prompt, *options) for prompt in prompts}
         new = [prompt for prompt, key in keys.items() if key not in self.seen]
         if new:
             read = Reader(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True)
             chunks = {prompt: chunk_prompt(read, prompt, long_prompt) for prompt in new}
-            states = iter(encode_chunks(self.pipe, list(chain(*chunks.values())), clip_skip))
+            states = iter(encode_chunks(self.pipe, list(chain(*chunks.values())), *options[:2]))
             for prompt in new:
                 own = list(islice(states, len(chunks[prompt])))
                 self.seen[keys[prompt]] = join_states(own, long_prompt).to("cpu")
@@ -2404,7 +2520,9 @@ class PromptEncoder:
             del self.seen[next(iter(self.seen))]
         return [self.seen[keys[prompt]] for prompt in prompts]
 
-    def encode_alone(self, name: str, prompt: str, warnings: list[str], long_prompt: str, *options: Any) -> Encoded:
+    def encode_alone(
+        self, name: str, prompt: str, warnings: list[str], long_prompt: str, *options: Hashable
+    ) -> Encoded:
         """One prompt; where its chunks cannot be encoded, its first 75 tokens and a warning."""
         try:
             return self.encode_prompts([prompt], long_prompt, *options)[0]
@@ -2414,6 +2532,22 @@ class PromptEncoder:
             warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
             return self.encode_prompts([prompt], "truncate", *options)[0]
 
+    def match_lengths(self, a: Encoded, b: Encoded, options: tuple[Hashable, ...]) -> tuple[Encoded, Encoded]:
+        """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common
+        multiple, since attention over repeated states is the same, so this is what A1111 gets by running them apart.
+        Where that is more than four times the longer, the shorter is filled up with the empty chunk."""
+        longer, common = max(a.chunks, b.chunks), math.lcm(a.chunks, b.chunks)
+        if a.embeds.shape[1] == b.embeds.shape[1]:
+            return a, b
+        if common <= 4 * longer:
+            a, b = (replace(side, embeds=side.embeds.repeat(1, common // side.chunks, 1)) for side in (a, b))
+            return a, b
+        empty = self.encode_prompts([""], *options)[0].to(a.embeds.device).embeds  # (1, 77, 2048)
+        a, b = (
+            replace(side, embeds=torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1)) for side in (a, b)
+        )
+        return a, b
+
 
 def raise_gpu_failure(error: Exception) -> None:
     """Raises what no other way of encoding would cure: out of memory, and CUDA errors."""
@@ -2422,23 +2556,670 @@ def raise_gpu_failure(error: Exception) -> None:
         raise failure from error
 
 
-def condition(sides: list[Encoded], guidance: bool, warnings: tuple[str, ...]) -> Conditioning:
-    """Prompt, negative prompt where it has an effect, and the empty chunk that fills up the shorter of the two."""
-    positive, *rest = sides
-    embeds, pooled = positive.embeds, positive.pooled
-    if not rest:
-        zeros = (torch.zeros_like(embeds), torch.zeros_like(pooled)) if guidance else (None, None)
-        return Conditioning(embeds, zeros[0], pooled, zeros[1], positive.chunks, 0, warnings)
-    negative = rest[0]
-    filling = rest[1].embeds if len(rest) > 1 else None  # "concat" alone has chunks to fill up
-    length = max(embeds.shape[1], negative.embeds.shape[1])
-    embeds, negative_embeds = (fill_up(side, filling, length) for side in (embeds, negative.embeds))
-    return Conditioning(embeds, negative_embeds, pooled, negative.pooled, positive.chunks, negative.chunks, warnings)
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+#
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
+# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
+# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
+# float32 (n, 4, height/8, width/8) on the UNet's device.
+
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
+
+# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
 
 
-def fill_up(embeds: Any, filling: Any, length: int) -> Any:
-    """(1, 77·n, 2048) -> (1, length, 2048), with the encoded empty chunk as often as it takes."""
-    return torch.cat([embeds, *[filling] * ((length - embeds.shape[1]) // WINDOW)], dim=1)
+def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+    """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
+    return (following**2 - up**2) ** 0.5, up
+
+
+def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """Euler steps down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        x = x + (x - denoised) / sigma * (down - sigma)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        end = x + slope * (following - sigma)
+        if following > 0:
+            slope = (slope + (end - (yield end, following)) / following) / 2
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """Linear multistep of order 4: the polynomial through the last slopes, integrated over the step. Two Gauss-Legendre
+    nodes do that exactly for a cubic, without SciPy's quad."""
+    past: deque[tuple[float, Any]] = deque(maxlen=4)  # (σ, slope there), the newest first
+    for sigma, following in pairwise(sigmas):
+        past.appendleft((sigma.item(), (x - (yield x, sigma)) / sigma))
+        centre, half = (sigma.item() + following.item()) / 2, (following.item() - sigma.item()) / 2
+        weighted = []
+        for at, slope in past:
+            others = [other for other, _ in past if other != at]
+            nodes = centre - half / 3**0.5, centre + half / 3**0.5
+            integral = half * sum(math.prod((node - other) / (at - other) for other in others) for node in nodes)
+            weighted.append(integral * slope)
+        x = x + sum(weighted)
+    return x
+
+
+def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """A step with the slope at its middle in log σ."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        if following > 0:
+            middle = sigma.log().lerp(following.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (following - sigma)
+    return x
+
+
+def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """sample_dpm_2 down, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - (yield x, sigma)) / sigma
+        down, up = ancestral_step(sigma, following)
+        if down > 0:
+            middle = sigma.log().lerp(down.log(), 0.5).exp()
+            half = x + slope * (middle - sigma)
+            slope = (half - (yield half, middle)) / middle
+        x = x + slope * (down - sigma)
+        if down > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+# DPM-Solver++ (arXiv:2211.01095) counts in t = -log σ. k-diffusion goes to t and back, and so do these: the Brownian
+# tree tells the last bit of σ apart.
+
+
+def step_towards(denoised: Any, x: Any, t: Any, t_next: Any) -> Any:
+    """DPM-Solver++'s step of first order; to σ = 0, where t_next is infinite, it arrives at denoised."""
+    return (-t_next).exp() / (-t).exp() * x - (t - t_next).expm1() * denoised
+
+
+def sample_dpmpp_2s_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(2S): steps down with denoised at the step's middle in t, then noise up."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        down, up = ancestral_step(sigma, following)
+        t, t_down = -sigma.log(), -down.log()
+        if down > 0:
+            middle = t + 0.5 * (t_down - t)
+            denoised = yield step_towards(denoised, x, t, middle), (-middle).exp()
+        x = step_towards(denoised, x, t, t_down)
+        if following > 0:
+            x = x + noise(sigma, following) * up
+    return x
+
+
+def sample_dpmpp_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++ (stochastic): an ancestral step to the middle in t, then the whole one with denoised from there."""
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        t, t_next = -sigma.log(), -following.log()
+        start, middle, end = (-t).exp(), (-(t + (t_next - t) * 0.5)).exp(), (-t_next).exp()
+        down, up = ancestral_step(start, middle)
+        half = step_towards(denoised, x, t, -down.log()) + noise(start, middle) * up
+        denoised = yield half, middle
+        down, up = ancestral_step(start, end)
+        x = step_towards(denoised, x, t, -down.log()) + noise(start, end) * up
+    return x
+
+
+def sample_dpmpp_2m(x: Any, sigmas: Any, _noise: Noise) -> Run:
+    """DPM-Solver++(2M): extrapolates denoised from the last two."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        t, t_next = -sigma.log(), -following.log()
+        h, ahead = t_next - t, denoised
+        if previous is not None and following > 0:
+            r = h_last / h
+            ahead = (1 + 1 / (2 * r)) * denoised - (1 / (2 * r)) * previous
+        x = step_towards(ahead, x, t, t_next)
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_2m_sde(x: Any, sigmas: Any, noise: Noise, heun: bool = False) -> Run:
+    """DPM-Solver++(2M) SDE, its solver_type "midpoint" or "heun"."""
+    previous = h_last = None
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = following / sigma * (-h).exp() * x - (-2 * h).expm1() * denoised
+        if previous is not None:
+            weight = (-2 * h).expm1() / (2 * h) + 1 if heun else -0.5 * (-2 * h).expm1()
+            x = x + weight * (h / h_last) * (denoised - previous)
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        previous, h_last = denoised, h
+    return x
+
+
+def sample_dpmpp_3m_sde(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """DPM-Solver++(3M) SDE: first and second differences of the last three denoised."""
+    past: deque[tuple[Any, Any]] = deque(maxlen=2)  # (denoised, h) of the last steps, the newest first
+    for sigma, following in pairwise(sigmas):
+        denoised = yield x, sigma
+        if following == 0:
+            return denoised
+        h = sigma.log() - following.log()
+        x = (-2 * h).exp() * x - (-2 * h).expm1() * denoised
+        phi_2 = (-2 * h).expm1() / (2 * h) + 1
+        if past:
+            r0 = past[0][1] / h
+            d1 = first = (denoised - past[0][0]) / r0
+            if len(past) == 2:
+                r1 = past[1][1] / h
+                second = (past[0][0] - past[1][0]) / r1
+                d1 = first + (first - second) * r0 / (r0 + r1)
+                x = x - (phi_2 / (2 * h) - 0.5) * (first - second) / (r0 + r1)
+            x = x + phi_2 * d1
+        x = x + noise(sigma, following) * following * (-(-2 * h).expm1()).sqrt()
+        past.appendleft((denoised, h))
+    return x
+
+
+def sample_ddim(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's ddim (sd_samplers_timesteps_impl.py) with eta 0: Euler's steps, ending at t = 1 with the noise of there
+    in the scale in which the network sees x."""
+    x = yield from sample_euler(x, sigmas, noise)
+    return x / (1 + sigmas[-1] ** 2) ** 0.5
+
+
+def sample_lcm(x: Any, sigmas: Any, noise: Noise) -> Run:
+    """A1111's sample_lcm (sd_samplers_lcm.py): new noise on each denoised. The consistency model's own c_skip and c_out
+    are within 7e-6 of 0 and 1 at all times that it runs at, and left out."""
+    for sigma, following in pairwise(sigmas):
+        x = yield x, sigma
+        if following > 0:
+            x = x + following * noise(sigma, following)
+    return x
+
+
+# schedules: (steps, levels) -> falling σ, float32 (steps + 1,), after k-diffusion's get_sigmas_… and A1111's
+# sd_schedulers.py. All but KL Optimal and DDIM's end in 0.
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The σ that the network was trained with, and the times that it knows them by: σ[i] at time i of 0 to 999. A
+    network distilled for LCM knows every 20th alone, times 19 to 999 (A1111's LCMCompVisDenoiser)."""
+
+    sigmas: Any  # float32 (1000 / every,), rising
+    every: int = 1
+
+    @classmethod
+    def of_sdxl(cls, every: int = 1, zero_snr: bool = False) -> NoiseLevels:
+        """SDXL's scaled_linear betas; with zero_snr as A1111 rescales ᾱ, so that the last time is nothing but noise."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alphas = (1 - betas).cumprod(0).float()
+        if zero_snr:
+            root = alphas.sqrt()
+            alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+            alphas[-1] = 4.8973451890853435e-08
+        return cls((((1 - alphas) / alphas) ** 0.5)[every - 1 :: every], every)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest σ and the highest."""
+        return self.sigmas[0].item(), self.sigmas[-1].item()
+
+    def time_of(self, sigmas: Any) -> Any:
+        """DiscreteSchedule.sigma_to_t: between two σ by the logarithm; LCM's network knows the nearest."""
+        logs, wanted = self.sigmas.log(), sigmas.log()
+        below = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
+        weight = ((logs[below] - wanted) / (logs[below] - logs[below + 1])).clamp(0, 1)
+        place = (1 - weight) * below + weight * (below + 1)
+        return (place if self.every == 1 else place.round()) * self.every + (self.every - 1)
+
+    def sigma_of(self, times: Any) -> Any:
+        """DiscreteSchedule.t_to_sigma."""
+        place = (times - (self.every - 1)) / self.every
+        weight, logs = place.frac(), self.sigmas.log()
+        return ((1 - weight) * logs[place.floor().long()] + weight * logs[place.ceil().long()]).exp()
+
+    def spread(self, count: int) -> Any:
+        """count times, evenly from the last to the first."""
+        return torch.linspace(999, self.every - 1, count)
+
+
+def then_zero(sigmas: Any) -> Any:
+    """k-diffusion's append_zero."""
+    return torch.cat([sigmas.float(), torch.zeros(1)])
+
+
+def uniform(steps: int, levels: NoiseLevels) -> Any:
+    """DiscreteSchedule.get_sigmas; ComfyUI calls it normal."""
+    return then_zero(levels.sigma_of(levels.spread(steps)))
+
+
+def sgm_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """One more time, and the last left out."""
+    return then_zero(levels.sigma_of(levels.spread(steps + 1)[:-1]))
+
+
+def simple(steps: int, levels: NoiseLevels) -> Any:
+    """Every 1000/steps-th trained σ from the highest down."""
+    return then_zero(levels.sigmas[[-1 - int(i * (len(levels.sigmas) / steps)) for i in range(steps)]])
+
+
+def karras(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in σ^(1/7): ρ is 7."""
+    low, high = (sigma ** (1 / 7.0) for sigma in levels.ends)
+    return then_zero((high + torch.linspace(0, 1, steps) * (low - high)) ** 7.0)
+
+
+def exponential(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in log σ."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.linspace(high, low, steps).exp())
+
+
+def polyexponential(steps: int, levels: NoiseLevels) -> Any:
+    """Exponential with ρ 1, which is A1111's: the same but for the last bits."""
+    low, high = map(math.log, levels.ends)
+    return then_zero(torch.exp(torch.linspace(1, 0, steps) * (high - low) + low))
+
+
+def align_your_steps(steps: int, _levels: NoiseLevels) -> Any:
+    """NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps), others by log-linear
+    interpolation. A1111 would run one step from the lowest σ; here it starts at the highest."""
+    table = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
+    places = np.linspace(0, 1, steps)
+    return then_zero(torch.from_numpy(np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))))
+
+
+def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
+    """Evenly in arctan σ (the same page), to the lowest σ and not to 0."""
+    low, high = (torch.tensor(sigma).arctan() for sigma in levels.ends)
+    place = torch.arange(steps + 1) / steps
+    return torch.tan(place * low + (1.0 - place) * high)
+
+
+def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
+    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
+    return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
+
+
+def leading(steps: int, levels: NoiseLevels) -> Any:
+    """diffusers' spacing in SDXL's own configuration: t = 1 + i · (1000 // steps); one step from the highest σ."""
+    times = torch.arange(steps).flip(0) * (1000 // steps) + 1
+    return then_zero(levels.sigmas[times if steps > 1 else [-1]])
+
+
+SCHEDULES: dict[str, Callable[[int, NoiseLevels], Any]] = {
+    "Uniform": uniform,
+    "Karras": karras,
+    "Exponential": exponential,
+    "SGM Uniform": sgm_uniform,
+    "Simple": simple,
+    "Align Your Steps": align_your_steps,
+    "KL Optimal": kl_optimal,
+    "Polyexponential": polyexponential,
+}
+
+
+# names
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a sampler is run."""
+
+    run: Callable[..., Run]
+    automatic: str = "Uniform"  # the schedule that A1111 gives it when none is chosen
+    uniform: Callable[[int, NoiseLevels], Any] = uniform
+    brownian: bool = False  # its noise is the differences of a Brownian motion along σ
+    drops_next_to_last: bool = False  # A1111 makes one σ more and drops the next to last
+    starts_at_sigma: bool = True  # the first latents are noise · σ₀; otherwise noise · √(1 + σ₀²)
+    every: int = 1  # of the trained levels
+
+
+SAMPLERS = {
+    "Euler": Sampler(sample_euler),
+    "Euler a": Sampler(sample_euler_ancestral),
+    "Heun": Sampler(sample_heun),
+    "LMS": Sampler(sample_lms),
+    "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
+    "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
+    "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
+    "DPM++ 2M SDE": Sampler(sample_dpmpp_2m_sde, "Exponential", brownian=True),
+    "DPM++ 2M SDE Heun": Sampler(functools.partial(sample_dpmpp_2m_sde, heun=True), "Exponential", brownian=True),
+    "DPM++ 3M SDE": Sampler(sample_dpmpp_3m_sde, "Exponential", brownian=True, drops_next_to_last=True),
+    "DDIM": Sampler(sample_ddim, uniform=ddim_uniform, starts_at_sigma=False),
+    "LCM": Sampler(sample_lcm, every=20),
+    # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
+    "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
+}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
+# diffusers' own classes, with what is changed of the checkpoint's configuration; no schedule but theirs
+DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "DEIS": ("DEISMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "PLMS": PNDM,
+    # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
+    "PNDM": PNDM,
+    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
+    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+# A1111's samplers that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
+DEFAULT_SCHEDULER = "DPM++ 2M Karras"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
+
+    sampler: str  # of SAMPLERS, or of DIFFUSERS_SAMPLERS where it has no schedule
+    schedule: str  # of SCHEDULES, or ""
+
+    def __str__(self) -> str:
+        # "DDIM" alone is diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
+        plain = self.schedule == "Uniform" and self.sampler not in DIFFUSERS_SAMPLERS
+        return self.sampler if plain else f"{self.sampler} {self.schedule}".strip()
+
+
+def spelling(name: str) -> str:
+    """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
+    "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
+    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
+    return name.removesuffix("gpu")
+
+
+@functools.cache
+def spelled_samplings() -> dict[str, Sampling]:
+    """spelling -> what it chooses, for every name that is understood."""
+    known = {}
+    for name, sampler in SAMPLERS.items():
+        schedules = {schedule: schedule for schedule in SCHEDULES}
+        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
+    for name in DIFFUSERS_SAMPLERS:
+        known |= {spelling(name): Sampling(name, "")}
+        if name not in SAMPLERS:
+            known |= {spelling(name + "Automatic"): Sampling(name, "")}
+    return known
+
+
+def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") -> Sampling:
+    """The choice that a job or a recipe names, in A1111's, ComfyUI's or the official worker's spelling.
+
+    "DPM++ 2M Karras" -> 2M, Karras; "dpmpp_2m", "karras" -> the same; "DPM++ 2M" -> Uniform; "DPM++ 2M", "Automatic"
+    -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
+    field and the nearest names.
+    """
+    for text in (sampler, schedule or ""):
+        if not isinstance(text, str):
+            raise InvalidInput(f"{field} must be text, got {shown(text)}")
+    given = f"{sampler} {schedule or ''}".strip()
+    known, spelled = spelled_samplings(), spelling(given)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
+    if spelled in known:
+        return known[spelled]
+    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
+    if not nearest_names:
+        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
+    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
+
+
+# noise
+
+
+def philox_normal(seed: int, draw: int, count: int) -> Any:
+    """float32 (count,), standard normal: what torch.randn draws on CUDA, where the card has a thread for each number,
+    as the draw-th of a generator with this seed (0 is the first). Seed 0 begins -0.92466259, -0.42534415.
+
+    Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of the counter (draw, 0, element,
+    0), then Box-Muller; after A1111's rng_philox.py.
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # 32-bit words in 64 bits, so that products fit
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    words = [np.uint64(draw), np.uint64(0), np.arange(count, dtype=np.uint64), np.uint64(0)]
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [
+            (second >> half) ^ words[1] ^ np.uint64(keys[0]),
+            second & low,
+            (first >> half) ^ words[3] ^ np.uint64(keys[1]),
+            first & low,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    radius = np.sqrt(-2 * np.log(words[0] * 2.0**-32 + 2.0**-33))
+    return (radius * np.sin(2 * math.pi * (words[1] * 2.0**-32 + 2.0**-33))).astype(np.float32)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], Any]:
+    """A function that draws a seed's next float32 tensor of standard normal numbers: with rng "cpu" as torch's
+    generator there does, with "gpu" as CUDA's."""
+    if rng == "cpu":
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(shape, generator=generator)
+    draws = itertools.count()
+    return lambda: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
+
+
+class BrownianTree:
+    """A Brownian motion B along σ, of one image, as torchsde.BrownianTree(entropy=seed) grows it: B is 0 at the lowest
+    σ; an interval's middle is drawn from a seed of its own, given the ends, down to σ of 6 digits. So B(σ) depends
+    on neither the number of steps nor their order."""
+
+    def __init__(self, rng: str, seed: int, low: float, high: float, shape: tuple[int, ...]) -> None:
+        self.seed, self.low, self.high = seed, round(low, 6), round(high, 6)
+        self._draw = lambda node_seed: normal_stream(rng, int(node_seed), shape)()
+        end = self._draw(np.random.SeedSequence(seed, pool_size=24).generate_state(3)[0]) * math.sqrt(high - low)
+        self._known = {self.low: torch.zeros(shape), self.high: end}  # σ -> B(σ)
+        self._top = math.inf  # above it all is forgotten
+
+    def noise(self, sigma: Any, following: Any) -> Any:
+        """(B(following) - B(sigma)) / √|following - sigma|: k-diffusion's BrownianTreeNoiseSampler. Samplers go down:
+        what lies above sigma is not asked for again, and forgotten."""
+        before, after = self.at(sigma.item()), self.at(following.item())
+        self._top = round(sigma.item(), 6)
+        self._known = {point: value for point, value in self._known.items() if point <= self._top}
+        return (after - before) / (following - sigma).abs().sqrt()
+
+    def at(self, sigma: float) -> Any:
+        """B(σ)."""
+        wanted = min(max(round(sigma, 6), self.low), self.high)
+        start, end, key, depth = self.low, self.high, 0, 0
+        while wanted not in self._known:
+            middle = round(0.5 * (start + end), 6)
+            if middle not in self._known and middle <= self._top:
+                node = np.random.SeedSequence(self.seed, spawn_key=(key, depth), pool_size=24).generate_state(4)[0]
+                share, variance = (middle - start) / (end - start), (middle - start) * (end - middle) / (end - start)
+                mean = self._known[start] + share * (self._known[end] - self._known[start])
+                self._known[middle] = mean + math.sqrt(variance) * self._draw(node)
+            right = wanted > middle
+            start, end = (middle, end) if right else (start, middle)
+            key, depth = 2 * key + right, depth + 1
+        return self._known[wanted]
+
+
+DRAWN_AHEAD = 4  # steps; more would only take memory
+
+
+def drawn_ahead(
+    pool: ThreadPoolExecutor, images: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
+) -> Iterator[Any]:
+    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device. It is drawn in the pool's one thread while
+    the GPU works, from now on, and moved without waiting."""
+
+    def draw(request: tuple[Any, Any]) -> Any:
+        noise = torch.stack([image(*request) for image in images])
+        return noise.pin_memory() if torch.device(device).type == "cuda" else noise
+
+    def take() -> Iterator[Any]:
+        while pending:
+            noise = pending.popleft().result().to(device, non_blocking=True)
+            pending.extend(pool.submit(draw, request) for request in islice(left, 1))
+            yield noise
+
+    left = iter(requests)
+    pending = deque(pool.submit(draw, request) for request in islice(left, DRAWN_AHEAD))
+    return take()
+
+
+# the loop
+
+
+class Scheduler:
+    """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
+
+    A pass that begins in mid-schedule is sigmas[k:] to the sampler; a mask belongs on denoised in `step`.
+    """
+
+    def __init__(
+        self, sampling: Sampling, steps: int, prediction_type: str = "epsilon", zero_snr: bool = False
+    ) -> None:
+        self.sampler, self.prediction_type = SAMPLERS[sampling.sampler], prediction_type
+        levels = NoiseLevels.of_sdxl(self.sampler.every, zero_snr)
+        schedule = self.sampler.uniform if sampling.schedule == "Uniform" else SCHEDULES[sampling.schedule]
+        self.sigmas = schedule(steps + self.sampler.drops_next_to_last, levels)
+        if self.sampler.drops_next_to_last:
+            self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
+        first = self.sigmas[0]
+        self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
+        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
+        self.noise_requests: list[tuple[Any, Any]] = []
+        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
+        self.network_sigmas, call = [], next(rehearsal)
+        with suppress(StopIteration):
+            while True:
+                self.network_sigmas.append(call[1])
+                call = rehearsal.send(torch.zeros(()))
+        self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
+        self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
+        self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
+
+    def _note_request(self, sigma: Any, following: Any) -> float:
+        self.noise_requests.append((sigma, following))
+        return 0.0
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
+        """Begins a run."""
+        self.timesteps = self.timesteps.to(device)
+        self._calls, self._running = 0, None
+
+    def scale_model_input(self, sample: Any, _timestep: Any) -> Any:
+        """x / √(1 + σ²), of variance 1: what the network was trained on."""
+        return sample * (1 / (self.network_sigmas[self._calls] ** 2 + 1) ** 0.5)
+
+    def step(self, model_output: Any, _timestep: Any, sample: Any, return_dict: bool = False) -> tuple[Any]:  # noqa: ARG002
+        """From the network's output for x to the next x that it is to see, and in the end to the image's latents."""
+        sigma = self.network_sigmas[self._calls]
+        if self.prediction_type == "v_prediction":  # VDenoiser.get_scalings
+            denoised = sample / (sigma**2 + 1) - model_output * (sigma / (sigma**2 + 1) ** 0.5)
+        else:
+            denoised = sample - model_output * sigma
+        if self._running is None:
+            self._running = self.sampler.run(sample, self.sigmas, lambda *_: next(self.noise))
+            next(self._running)
+        self._calls += 1
+        try:
+            return (self._running.send(denoised)[0],)
+        except StopIteration as end:
+            return (end.value,)
+
+
+def build_diffusers_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
+    """One of DIFFUSERS_SAMPLERS on the checkpoint's own configuration, whose prediction type stays."""
+    kind, extra = DIFFUSERS_SAMPLERS[name]
+    if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
+        extra = extra | {"timestep_spacing": "trailing"}
+    return getattr(diffusers, kind).from_config(config, **extra)
+
+
+@contextmanager
+def float32_outside(unet: Any) -> Iterator[None]:
+    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type."""
+    into = unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
+    out_of = unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
+    try:
+        yield
+    finally:
+        into.remove()
+        out_of.remove()
+
+
+def denoise(engine: Engine, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
+    """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch."""
+    pipe, sampling, config = engine.pipe, read_sampling(request.scheduler), engine.scheduler_config
+    shape = (pipe.unet.config.in_channels, request.height // 8, request.width // 8)
+    streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
+    latents = torch.stack([draw() for draw in streams])
+    if request.eta_noise_seed_delta:
+        streams = [normal_stream(request.rng, seed + request.eta_noise_seed_delta, shape) for seed in request.seeds]
+
+    def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
+        return {}
+
+    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe.unet):
+        if sampling.schedule:
+            zero_snr = config.get("rescale_betas_zero_snr", False)
+            scheduler = Scheduler(sampling, request.steps, config["prediction_type"], zero_snr)
+            if scheduler.sampler.brownian:
+                ends = scheduler.sigmas[scheduler.sigmas > 0].min().item(), scheduler.sigmas.max().item()
+                images = [BrownianTree(request.rng, seed, *ends, shape).noise for seed in request.seeds]
+            else:
+                images = [lambda *_, draw=draw: draw() for draw in streams]
+            scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+        else:
+            scheduler = build_diffusers_scheduler(sampling.sampler, config, request.steps)
+        pipe.scheduler = scheduler
+        return pipe(
+            prompt_embeds=conditioning.prompt_embeds,
+            negative_prompt_embeds=conditioning.negative_prompt_embeds,
+            pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=request.num_images,
+            latents=latents,
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2455,6 +3236,16 @@ LOSSLESS_WEBP = {"lossless": True, "method": 1, "quality": 20}  # method and qua
 FALLING_QUALITIES = (95, 90, 80, 65, 50, 35, 20, 10, 5)
 EXIF_MAX_BYTES = 65_533  # what a JPEG marker holds
 TIMES_BYTES = 300  # of an answer's metadata: the seconds, which are known last
+LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
+
+
+# recipes
+
+RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
+RECIPE_VERSION = "sdxl-worker"
+RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
+# what a recipe notes and no picture depends on
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "Hashes", "VAE hash")
 
 
 @dataclass(frozen=True)
@@ -2472,61 +3263,77 @@ class NamedModel:
         """A config's model."""
         return cls(config["name"], config["filename"], version_id(config), short_hash, scale)
 
+    @property
+    def stem(self) -> str:
+        """The file's name as A1111 writes it, without suffix, commas and colons."""
+        return re.sub("[,:]", "", Path(self.filename).stem)
 
-def image_recipes(request: JobRequest, settings: Settings, files: ModelFiles, loras: list[dict[str, Any]]) -> list[str]:
-    """One recipe an image, each with its own seed; "" where the job wants none. loras: the metadata's."""
+
+def image_recipes(request: JobRequest, engine: Engine, scales: Mapping[str, float]) -> list[str]:
+    """One recipe an image, each with its own seed; "" where the job wants none. scales: of the LoRAs in force."""
     if not request.embed_metadata:
         return [""] * request.num_images
+    settings, files = engine.settings, engine.files
     checkpoint = NamedModel.of(settings.checkpoint, checkpoint_hash(files.checkpoint))
-    configs = settings.stack
-    scales = {lora["name"]: lora["scale"] for lora in loras}
-    stack = [NamedModel.of(configs[name], addnet_hash(files.loras[name]), scale) for name, scale in scales.items()]
+    loras = [
+        NamedModel.of(settings.stack[name], addnet_hash(files.loras[name]), scale) for name, scale in scales.items()
+    ]
     vae = Path(settings.vae_model).name
-    return [a1111_parameters(request, seed, vae, checkpoint, stack) for seed in request.seeds]
+    return [write_recipe(request, seed, vae, checkpoint, loras) for seed in request.seeds]
 
 
-def a1111_parameters(request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: list[NamedModel]) -> str:
+def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: list[NamedModel]) -> str:
     """What A1111 and Civitai read back from an image, unknown parts left out:
 
         a cat
         Negative prompt: blurry
         Steps: 24, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4.5, Seed: 1, Size: 1024x1024, ...
 
-    Fields in A1111's order, values quoted by its rule, Civitai's own list last.
+    Fields in A1111's order, values quoted by its rule. Civitai's own list, by which it links an image to its models,
+    comes last: its parser takes the JSON up to the first "}]".
     """
-    sampler, schedule = split_schedule(request.scheduler)
-    hashes = ", ".join(f"{plain_stem(lora)}: {lora.short_hash}" for lora in loras if lora.short_hash)
+    sampling = read_sampling(request.scheduler)
+    plain = str(sampling) == sampling.sampler  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
-        "Sampler": sampler,
-        "Schedule type": schedule,
-        "CFG scale": f"{request.guidance_scale:.10g}",
+        "Sampler": sampling.sampler,
+        "Schedule type": "" if plain else sampling.schedule,
+        "CFG scale": repr(request.guidance_scale).removesuffix(".0"),
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": checkpoint.short_hash,
-        "Model": plain_stem(checkpoint),
+        "Model": checkpoint.stem,
         "VAE": vae,
-        "Clip skip": request.clip_skip if request.clip_skip > 1 else "",  # A1111 leaves its default, 1, out
-        "Lora hashes": hashes,
+        "Clip skip": request.clip_skip,
+        "ENSD": request.eta_noise_seed_delta or "",
+        "Lora hashes": ", ".join(f"{lora.stem}: {lora.short_hash}" for lora in loras if lora.short_hash),
+        "Emphasis": "No norm" if request.emphasis == "no norm" else "",
+        "RNG": "CPU" if request.rng == "cpu" else "",
+        "Long prompt": "" if request.long_prompt == "concat" else request.long_prompt,
+        "Version": RECIPE_VERSION,
     }
-    details = ", ".join(f"{name}: {quote(str(value))}" for name, value in fields.items() if value != "")
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    resources = civitai_resources([checkpoint, *loras])
-    text = f"{request.prompt}{negative}\n{details}{resources}".strip()
-    return text.replace("\0", "")  # which would end a PNG's text
-
-
-def split_schedule(scheduler: str) -> tuple[str, str]:
-    """A1111's sampler and schedule type: "DPM++ 2M Karras" -> ("DPM++ 2M", "Karras"), "Euler" -> ("Euler", "")."""
-    for schedule in filter(None, SCHEDULE_TYPES):
-        if scheduler.endswith(f" {schedule}"):
-            return scheduler.removesuffix(f" {schedule}"), schedule
-    return scheduler, ""
-
-
-def plain_stem(model: NamedModel) -> str:
-    """The file's name as A1111 writes it, without suffix, commas and colons."""
-    return re.sub("[,:]", "", Path(model.filename).stem)
+    details = [f"{name}: {quote(str(value))}" for name, value in fields.items() if value != ""]
+    resources = [
+        {"type": "checkpoint" if model.scale is None else "lora"}
+        | ({} if model.scale is None else {"weight": model.scale})
+        | {"modelVersionId": int(model.version), "modelName": model.name}
+        for model in (checkpoint, *loras)
+        if model.version
+    ]
+    if resources:
+        details.append(f"Civitai resources: {json.dumps(resources, separators=(',', ':'), ensure_ascii=False)}")
+    # a prompt's line that begins with Steps would hide the recipe's from Civitai, which takes the first
+    prompt, negative = (re.sub("(?m)^Steps:", " Steps:", text) for text in (request.prompt, request.negative_prompt))
+    text = prompt + (f"\nNegative prompt: {negative}" if negative else "") + "\n"
+    for name, given, read in zip(
+        ("Exact prompt", "Exact negative prompt"),
+        (request.prompt, request.negative_prompt),
+        recipe_prompts(text + "-"),
+        strict=True,
+    ):
+        if given != read:
+            details.append(f"{name}: {json.dumps(given)}")
+    return f"{text}{', '.join(details)}".strip().replace("\0", "")  # which would end a PNG's text
 
 
 def quote(value: str) -> str:
@@ -2534,17 +3341,163 @@ def quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
 
 
-def civitai_resources(models: Iterable[NamedModel]) -> str:
-    """By which Civitai links an image to its models; its parser takes the JSON up to the first "}]"."""
-    resources = [
-        {"type": "checkpoint" if model.scale is None else "lora"}
-        | ({} if model.scale is None else {"weight": model.scale})
-        | {"modelVersionId": int(model.version), "modelName": model.name}
-        for model in models
-        if model.version
-    ]
-    listed = json.dumps(resources, separators=(",", ":"), ensure_ascii=False)
-    return f", Civitai resources: {listed}" if resources else ""
+def recipe_line(text: str) -> dict[str, Any] | None:
+    """The keys and values of a text's last line where it is a recipe's, else None: at least three, "Steps" first.
+
+    "Steps: 20, Sampler: Euler a, Size: 8x8" -> {"Steps": "20", "Sampler": "Euler a", "Size": "8x8"}. Reads as A1111's
+    parse_generation_parameters does, and JSON values, which Civitai writes without quotes, whole.
+    """
+    line, at, found = text.strip().rsplit("\n", 1)[-1], 0, {}
+    while key := RECIPE_KEY.match(line, at):
+        value, at = line[key.end() :], key.end()
+        end, known = len(value.split(",", 1)[0]), value.split(",", 1)[0].strip()
+        if value[:1] in ('"', "[", "{"):
+            with suppress(ValueError, RecursionError):
+                parsed, length = json.JSONDecoder().raw_decode(value)
+                if value[length:].lstrip()[:1] in ("", ","):
+                    end, known = length, parsed
+        found.setdefault(key[1], known)
+        at = line.find(",", at + end) + 1 or len(line)
+    return found if len(found) >= 3 and next(iter(found)) == "Steps" else None
+
+
+def recipe_prompts(text: str) -> tuple[str, str]:
+    """Prompt and negative prompt of a recipe, as A1111 reads them: lines stripped, the second from the line on that
+    begins with "Negative prompt:"."""
+    prompts: tuple[list[str], list[str]] = [], []
+    negative = False
+    for line in map(str.strip, text.strip().split("\n")[:-1]):
+        if line.startswith("Negative prompt:"):
+            negative, line = True, line.removeprefix("Negative prompt:").strip()
+        prompts[negative].append(line)
+    return "\n".join(prompts[0]), "\n".join(prompts[1])
+
+
+def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    """Generation data, as A1111, Forge, Civitai and this worker write it: job field -> (the recipe's key, the value),
+    and a warning for all that cannot be honoured. What a recipe leaves out is A1111's default, not this worker's.
+
+    Raises InvalidInput for a text that is no recipe; the values are the fields' to check.
+    """
+    keys = recipe_line(text)
+    if keys is None:
+        raise InvalidInput(
+            "parameters must be a picture's generation data: its last line begins with Steps and holds at least three "
+            '"key: value" pairs, such as "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 1024x1024"'
+        )
+    own, warnings = keys.pop("Version", "") == RECIPE_VERSION, []
+    for note in RECIPE_NOTES:
+        keys.pop(note, None)
+    # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
+    prompt, negative_prompt = recipe_prompts(text)
+    fields: dict[str, tuple[str, Any]] = {
+        "prompt": ("prompt", keys.pop("Exact prompt", prompt)),
+        "negative_prompt": ("negative prompt", keys.pop("Exact negative prompt", negative_prompt)),
+    }
+    # 2. numbers and words
+    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
+    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
+    size = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*", str(keys.get("Size", "")))
+    if size:
+        fields |= {side: ("Size", int(size[i])) for i, side in ((1, "width"), (2, "height"))}
+    elif "Size" in keys:
+        raise InvalidInput(f"parameters: Size must be such as 1024x1024, got {shown(keys['Size'])}")
+    keys.pop("Size", None)
+    clip_skip = as_number(keys.pop("Clip skip", 2))  # A1111's does nothing on SDXL
+    fields["clip_skip"] = "Clip skip", clip_skip if own else 2
+    fields["long_prompt"] = "Long prompt", keys.pop("Long prompt", "concat")
+    rng, emphasis = keys.pop("RNG", "GPU"), str(keys.pop("Emphasis", "Original")).lower()
+    fields["rng"] = "RNG", RECIPE_RNG.get(rng, rng)
+    if emphasis not in EMPHASES:
+        warnings.append(f"the recipe's Emphasis {shown(emphasis)} is not here: original was taken")
+        emphasis = "original"
+    fields["emphasis"] = "Emphasis", emphasis
+    # 3. sampler and schedule
+    if "Sampler" in keys:
+        sampler, schedule = keys.pop("Sampler"), keys.pop("Schedule type", None)
+        if sampler == "DDIM" and not own:
+            schedule = "Uniform"  # A1111's, which knows no other; alone it would be diffusers'
+        try:
+            sampling = read_sampling(sampler, schedule)
+        except InvalidInput:
+            sampling = read_sampling(sampler, field="parameters: Sampler")
+            warnings.append(f"the recipe's Schedule type {shown(schedule)} is not there for {sampling}: left out")
+        fields["scheduler"] = "Sampler", str(sampling)
+    # 4. models
+    resources = keys.pop("Civitai resources", None)
+    resources = [item for item in resources if isinstance(item, dict)] if isinstance(resources, list) else []
+    fields["loras"] = "Civitai resources", recipe_loras(keys, resources, fields["prompt"][1], settings, warnings)
+    warnings += other_models(keys, resources, settings)
+    # 5. the rest
+    if keys:
+        warnings.append(
+            f"of the recipe, this worker leaves out: {', '.join(f'{key} {shown(keys[key])}' for key in keys)}"
+        )
+    return fields, warnings
+
+
+def as_number(value: Any) -> Any:
+    """The number that a recipe's value spells, else the value: "20" -> 20, "4.5" -> 4.5, "big" -> "big"."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return kind(value)
+    return value
+
+
+def recipe_loras(
+    keys: dict[str, Any], resources: list[dict[str, Any]], prompt: Any, settings: Settings, warnings: list[str]
+) -> list[dict[str, Any]]:
+    """The LoRAs that a recipe names, as the field `loras` takes them, apart from <lora:…> tags of the stack's own
+    names, which the prompt carries: by version id, else by hash. Takes its keys."""
+    by_version = {version_id(config): name for name, config in settings.stack.items()}
+    by_name = stack_names(settings)
+    tags = dict(split_lora_tags(prompt)[1]) if isinstance(prompt, str) else {}
+    chosen: dict[str, Any] = {}
+    for item in resources:
+        if str(item.get("type", "")).lower() not in ("lora", "lycoris", "locon", "dora"):
+            continue
+        version, name = str(item.get("modelVersionId", "")), str(item.get("modelName", ""))
+        if version in by_version:
+            chosen[by_version[version]] = item.get("weight", 1.0)
+        else:
+            warnings.append(f"the recipe's LoRA {shown(name)} (model version {shown(version)}) is not in the stack")
+    hashes = dict(re.findall(r"([^,:]+): *([0-9a-fA-F]{8,})", str(keys.pop("Lora hashes", ""))))
+    for name, digits in ((name.strip(), digits.lower()) for name, digits in hashes.items()):
+        if sanitize_name(name) in by_name or name not in tags:
+            continue
+        for adapter, config in settings.stack.items():
+            path = settings.lora_dir / config["filename"]
+            if path.is_file() and digits[:10] in (addnet_hash(path)[:10], (recorded_sha256(path) or "")[:10]):
+                chosen.setdefault(adapter, tags[name])
+    return [{"name": name, "scale": scale} for name, scale in chosen.items()]
+
+
+def other_models(keys: dict[str, Any], resources: list[dict[str, Any]], settings: Settings) -> list[str]:
+    """Warnings for a checkpoint or VAE that is not this worker's. Takes their keys."""
+    checkpoint, warnings = settings.checkpoint, []
+    versions = [str(item.get("modelVersionId")) for item in resources if item.get("type") in ("checkpoint", "model")]
+    name, digits = str(keys.pop("Model", "")), str(keys.pop("Model hash", "")).lower()
+    known_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
+    same = version_id(checkpoint) in versions or (digits and digits == known_hash)
+    same = same or sanitize_name(name) in (
+        sanitize_name(checkpoint["name"]),
+        sanitize_name(Path(checkpoint["filename"]).stem),
+    )
+    if (name or digits or versions) and not same:
+        wanted = name or digits or f"model version {versions[0]}"
+        warnings.append(
+            f"the recipe was made with the checkpoint {shown(wanted)}, this worker has {checkpoint['name']}"
+        )
+    vae = str(keys.pop("VAE", ""))
+    if (
+        vae
+        and vae not in ("None", "Automatic", Path(settings.vae_model).name)
+        and not re.match("sdxl[-_ ]vae", vae, re.I)
+    ):
+        warnings.append(
+            f"the recipe was made with the VAE {shown(vae)}, this worker has {Path(settings.vae_model).name}"
+        )
+    return warnings
 
 
 @functools.cache
@@ -2617,22 +3570,21 @@ def encode_images(images: list[Any], recipes: list[str], image_format: str, **op
 def deliver(
     answer: dict[str, Any], images: list[Any], recipes: list[str], bucket: Bucket | None, max_bytes: int, job_id: str
 ) -> dict[str, Any]:
-    """The answer with its images: links where there is a bucket, else base64."""
-    if bucket is None:
-        return fit_answer(answer, images, recipes, max_bytes)
-    image_format = answer["metadata"]["image_format"]
-    files = encode_images(images, recipes, image_format)
-    return answer | {"images": upload_images(files, image_format, bucket, job_id)}
+    """The answer with its images: links where there is a bucket, else base64.
 
-
-def fit_answer(answer: dict[str, Any], images: list[Any], recipes: list[str], max_bytes: int) -> dict[str, Any]:
-    """The answer with its images in base64, at most max_bytes of JSON: RunPod drops a larger one after the GPU time is
-    spent. What would be larger goes as lossless WebP, then as JPEG of falling quality, and metadata says so.
-
-    answer: all but the images and the times. Raises GenerationFailed where nothing fits.
+    In base64 it is at most max_bytes of JSON: RunPod drops a larger one after the GPU time is spent. What would be
+    larger goes as lossless WebP, then as JPEG of falling quality, and metadata says so.
+    answer: all but the images and the times. Raises GenerationFailed where nothing fits, UploadFailed.
     """
     wanted = answer["metadata"]["image_format"]
-    for image_format, options, what in attempts(wanted):
+    if bucket:
+        return answer | {"images": upload_images(encode_images(images, recipes, wanted), wanted, bucket, job_id)}
+    attempts: list[tuple[str, dict[str, Any], str]] = [(wanted, {}, wanted)]
+    if wanted == "png":
+        attempts.append(("webp", LOSSLESS_WEBP, "lossless WebP"))
+    for quality in FALLING_QUALITIES[wanted == "jpeg" :]:  # a JPEG of the first was tried
+        attempts.append(("jpeg", {"quality": quality}, f"JPEG of quality {quality}"))
+    for image_format, options, what in attempts:
         files = encode_images(images, recipes, image_format, **options)
         metadata = answer["metadata"] | {"image_format": image_format}
         if options:
@@ -2646,34 +3598,18 @@ def fit_answer(answer: dict[str, Any], images: list[Any], recipes: list[str], ma
     )
 
 
-def attempts(wanted: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The formats to try, largest first: name, Pillow's options, words for a warning."""
-    yield wanted, {}, wanted
-    if wanted == "png":
-        yield "webp", LOSSLESS_WEBP, "lossless WebP"
-    for quality in FALLING_QUALITIES:
-        yield "jpeg", {"quality": quality}, f"JPEG of quality {quality}"
-
-
-S3_CONFIG = {
-    "endpointUrl": "endpoint_url",
-    "accessId": "access_key_id",
-    "accessSecret": "secret_access_key",
-    "bucketName": "name",
-}
-LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
-
-
-def parse_s3_config(job: Mapping[str, Any]) -> Bucket | None:
-    """The bucket that a job brings along in its envelope. Raises UploadFailed for one with pieces missing."""
+def job_bucket(job: Mapping[str, Any], settings: Settings) -> Bucket | None:
+    """The bucket that a job brings along in its envelope, else the configured one. Raises UploadFailed for an s3Config
+    with pieces missing."""
     config = job.get("s3Config")
     if config is None:
-        return None
+        return settings.bucket
     given = config if isinstance(config, dict) else {}
-    missing = [key for key in S3_CONFIG if not (isinstance(given.get(key), str) and given[key].strip())]
+    keys = ("endpointUrl", "accessId", "accessSecret", "bucketName")
+    missing = [key for key in keys if not (isinstance(given.get(key), str) and given[key].strip())]
     if missing:
-        raise UploadFailed(f"s3Config needs {', '.join(S3_CONFIG)} as text; missing: {', '.join(missing)}")
-    return Bucket(**{attribute: given[key].strip() for key, attribute in S3_CONFIG.items()})
+        raise UploadFailed(f"s3Config needs {', '.join(keys)} as text; missing: {', '.join(missing)}")
+    return Bucket(*(given[key].strip() for key in keys))
 
 
 def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id: str) -> list[str]:
@@ -2682,6 +3618,7 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
     name = bucket.name or time.strftime("%m-%y")
 
     def upload(file: bytes) -> str:
+        """One file's link."""
         place = {"Bucket": name, "Key": f"{job_id}/{secrets.token_hex(4)}.{image_format}"}
         client.put_object(**place, Body=file, ContentType=f"image/{image_format}")
         return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)
@@ -2720,79 +3657,14 @@ def s3_client(bucket: Bucket) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs
 
-# schedulers
-# A1111's samplers in diffusers' classes, after the table in diffusers' "Schedulers" overview. Left out: DPM++ 2S a, DPM
-# fast, DPM adaptive and Restart, which diffusers has not; LMS, which needs SciPy; DPM++ 3M SDE, where diffusers 0.34
-# differs from k-diffusion by the sign of a term.
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-SCHEDULED_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
-    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", SDE | {"solver_type": "heun"}),
-    # A1111 calls the network twice a step here, diffusers once; lower_order_final spares a warning
-    "DPM++ SDE": ("DPMSolverSinglestepScheduler", SDE | {"lower_order_final": True}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-}
-# SDXL's own configuration spaces the timesteps as "leading", which never reaches the last one. A1111 starts there, and
-# its Karras and exponential sigmas run from the highest to the lowest: both are "linspace" here.
-LINSPACE, TRAILING = {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}
-SCHEDULE_TYPES: dict[str, dict[str, Any]] = {
-    "": LINSPACE,
-    "Karras": LINSPACE | {"use_karras_sigmas": True},
-    "Exponential": LINSPACE | {"use_exponential_sigmas": True},
-    "SGM Uniform": TRAILING,
-}
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-PLMS = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"{sampler} {schedule}".strip(): (kind, extra | spacing)
-        for sampler, (kind, extra) in SCHEDULED_SAMPLERS.items()
-        for schedule, spacing in SCHEDULE_TYPES.items()
-    },
-    "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
-    "Euler a SGM Uniform": ("EulerAncestralDiscreteScheduler", TRAILING),
-    "UniPC": ("UniPCMultistepScheduler", LINSPACE),
-    "DEIS": ("DEISMultistepScheduler", LINSPACE),
-    "LCM": ("LCMScheduler", {"original_inference_steps": 200}),  # the default, 50, refuses more steps than that
-    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
-    "PLMS": PLMS,
-    # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
-    "PNDM": PLMS,
-    "K_EULER": ("EulerDiscreteScheduler", {}),
-    "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
-    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
-}
-DEFAULT_SCHEDULER = "DPM++ 2M Karras"
-NEEDS_SCIPY = ("klms", "lms", "lms karras")
-
-
-def scheduler_name(name: str, value: Any) -> str:
-    """A name of SCHEDULERS, capitals or not: "euler A" -> "Euler a". Raises InvalidInput."""
-    spelled = value.strip().lower() if isinstance(value, str) else ""
-    if spelled in NEEDS_SCIPY:
-        raise InvalidInput(f"{name} {value} needs SciPy, which this worker does without: use K_EULER")
-    return one_of(SCHEDULERS)(name, {known.lower(): known for known in SCHEDULERS}.get(spelled, value))
-
-
-def build_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
-    """The scheduler of SCHEDULERS on the checkpoint's own configuration, whose prediction type and noise schedule stay.
-
-    config: the pipeline's first scheduler's, never that of the last job's.
-    """
-    kind, extra = SCHEDULERS[name]
-    if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
-        extra = extra | TRAILING
-    return getattr(diffusers, kind).from_config(config, **extra)
-
-
-MAX_PROMPT = 10_000
+MAX_PROMPT, MAX_RECIPE = 10_000, 30_000  # characters
 MAX_SEED = 2**32
 REQUIRED = object()
+
+
+# checks: each takes a field's name and its value, and returns the value as the worker uses it, or raises InvalidInput
+
+Check = Callable[[str, Any], Any]
 
 
 def shown(value: object) -> str:
@@ -2813,7 +3685,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f'; did you mean "{lowered[close[0]]}"?' if close else ""
 
 
-Check = Callable[[str, Any], Any]
+def refuse_unknown(given: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
+    """Raises InvalidInput for a field that is not known, and suggests the nearest."""
+    for name in given:
+        if name not in known:
+            raise InvalidInput(f"{where}unknown field {shown(name)}{nearest(str(name), known)}")
 
 
 def text_of(low: int, high: int) -> Check:
@@ -2829,30 +3705,17 @@ def text_of(low: int, high: int) -> Check:
     return check
 
 
-def whole_number(low: int, high: int, multiple_of: int = 1) -> Check:
-    """A whole number from low to high; JSON's true is none."""
-
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidInput(f"{name} must be a whole number, got {shown(value)}")
-        if not low <= value <= high:
-            raise InvalidInput(f"{name} must be from {low} to {high}, got {shown(value)}")
-        if value % multiple_of:
-            raise InvalidInput(f"{name} must be a multiple of {multiple_of}, got {value}")
-        return value
-
-    return check
-
-
-def real_number(low: float, high: float) -> Check:
+def number(low: float, high: float, whole: bool = False, multiple_of: int = 1) -> Check:
     """A number from low to high; neither true nor NaN."""
 
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise InvalidInput(f"{name} must be a number, got {shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise InvalidInput(f"{name} must be a {'whole ' * whole}number, got {shown(value)}")
         if not low <= value <= high:
-            raise InvalidInput(f"{name} must be from {low:g} to {high:g}, got {shown(value)}")
-        return float(value)
+            raise InvalidInput(f"{name} must be from {low:.10g} to {high:.10g}, got {shown(value)}")
+        if value % multiple_of and whole:
+            raise InvalidInput(f"{name} must be a multiple of {multiple_of}, got {value}")
+        return value if whole else float(value)
 
     return check
 
@@ -2880,7 +3743,12 @@ def seed_or_random(name: str, value: Any) -> int:
     """A seed from 0 to 2**32-1; null and -1 draw one."""
     if value is None or (type(value) is int and value == -1):
         return secrets.randbelow(MAX_SEED)
-    return whole_number(0, MAX_SEED - 1)(name, value)
+    return int(number(0, MAX_SEED - 1, whole=True)(name, value))
+
+
+def sampler_name(name: str, value: Any) -> str:
+    """A sampler with its schedule in any spelling, as answers name it: "dpmpp_2m_karras" -> "DPM++ 2M Karras"."""
+    return str(read_sampling(value, field=name))
 
 
 def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
@@ -2889,128 +3757,135 @@ def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
         return None
     if not isinstance(value, list):
         raise InvalidInput(f'{name} must be a list such as [{{"name": "...", "scale": 1.0}}], got {shown(value)}')
-    return [lora_item(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    loras = []
+    for place, item in ((f"{name}[{i}]", item) for i, item in enumerate(value)):
+        if not isinstance(item, dict) or "name" not in item:
+            raise InvalidInput(f'{place} must be an object such as {{"name": "...", "scale": 1.0}}, got {shown(item)}')
+        refuse_unknown(item, ("name", "scale"), f"{place}: ")
+        scale = item.get("scale")
+        if scale is not None:
+            scale = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{place}.scale", scale)
+        loras.append((text_of(1, 200)(f"{place}.name", item["name"]), scale))
+    return loras
 
 
-def lora_item(name: str, item: Any) -> tuple[str, float | None]:
-    """One entry of `loras`."""
-    if not isinstance(item, dict) or "name" not in item:
-        raise InvalidInput(f'{name} must be an object such as {{"name": "...", "scale": 1.0}}, got {shown(item)}')
-    refuse_unknown(item, ("name", "scale"), f"{name}: ")
-    scale = item.get("scale")
-    if scale is not None:
-        scale = real_number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{name}.scale", scale)
-    return text_of(1, 200)(f"{name}.name", item["name"]), scale
+# a job's input
 
 
-def refuse_unknown(given: Mapping[Any, Any], known: Iterable[str], where: str = "") -> None:
-    """Raises InvalidInput for a field that is not known, and suggests the nearest."""
-    for name in given:
-        if name not in known:
-            raise InvalidInput(f"{where}unknown field {shown(name)}{nearest(str(name), known)}")
-
-
-@dataclass(frozen=True)
-class Field:
-    """How one field of the input is read."""
-
-    check: Check
-    default: Any = REQUIRED
-    also: tuple[str, ...] = ()  # other names that the field is accepted under
-
-
-FIELDS = {
-    "prompt": Field(text_of(1, MAX_PROMPT)),
-    "negative_prompt": Field(text_of(0, MAX_PROMPT), ""),
-    "width": Field(whole_number(256, 2048, multiple_of=8), 1024),
-    "height": Field(whole_number(256, 2048, multiple_of=8), 1024),
-    "steps": Field(whole_number(1, 150), 24, also=("num_inference_steps",)),
-    "guidance_scale": Field(real_number(1, 30), 4.5, also=("cfg_scale",)),
-    "seed": Field(seed_or_random, None),
-    "num_images": Field(whole_number(1, 4), 1, also=("batch_size",)),
-    "scheduler": Field(scheduler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name")),
-    "clip_skip": Field(whole_number(1, 12), 2),
-    "long_prompt": Field(one_of(LONG_PROMPT_MODES), "blend"),
-    "loras": Field(lora_list, None),
-    "image_format": Field(one_of(ENCODINGS), "png"),
-    "embed_metadata": Field(true_or_false, True),
-}
+def job_field(check: Check, default: Any = REQUIRED, also: tuple[str, ...] = (), answered: bool = True) -> Any:
+    """A field of the input: how its value is read, its other names, and whether the answer's metadata repeats it."""
+    return field(metadata={"check": check, "default": default, "also": also, "answered": answered})
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job's input, checked; the field names are the contract's."""
+    """A job's input, checked. Here a field is declared; parse() reads it, the README's table explains it."""
 
-    prompt: str
-    negative_prompt: str
-    width: int
-    height: int
-    steps: int
-    guidance_scale: float
-    seed: int
-    num_images: int
-    scheduler: str
-    clip_skip: int
-    long_prompt: str
-    loras: dict[str, float]  # adapter -> scale, lora tags of the prompt included
-    image_format: str
-    embed_metadata: bool
+    prompt: str = job_field(text_of(1, MAX_PROMPT))
+    negative_prompt: str = job_field(text_of(0, MAX_PROMPT), "")
+    width: int = job_field(number(256, 2048, whole=True, multiple_of=8), 1024)
+    height: int = job_field(number(256, 2048, whole=True, multiple_of=8), 1024)
+    steps: int = job_field(number(1, 150, whole=True), 24, also=("num_inference_steps",))
+    guidance_scale: float = job_field(number(1, 30), 4.5, also=("cfg_scale",))
+    seed: int = job_field(seed_or_random, None, answered=False)  # the answer has one for each image
+    num_images: int = job_field(number(1, 4, whole=True), 1, also=("batch_size",), answered=False)
+    scheduler: str = job_field(sampler_name, "DPM++ 2M Karras", also=("sampler", "sampler_name"))
+    clip_skip: int = job_field(number(1, 12, whole=True), 2)
+    rng: str = job_field(one_of(("cpu", "gpu")), "cpu")
+    emphasis: str = job_field(one_of(EMPHASES), "no norm")
+    eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0)
+    long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
+    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included  # noqa: RUF009
+    image_format: str = job_field(one_of(ENCODINGS), "png")
+    embed_metadata: bool = job_field(true_or_false, True, answered=False)
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, given: Any, settings: Settings) -> JobRequest:
+        """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
+        if not isinstance(given, dict):
+            raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(given)} as input')
+        # 1. every field under one of its names; those of a pasted recipe come second
+        declared = {spec.name: spec.metadata for spec in fields(cls) if spec.metadata}
+        refuse_unknown(
+            given, ["parameters", *(name for key, spec in declared.items() for name in (key, *spec["also"]))]
+        )
+        given, warnings = dict(given), []
+        if "sampler_name" in given and "scheduler" in given:  # A1111's two, since its version 1.9
+            sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
+            given["sampler"] = str(sampling)
+        recipe: dict[str, tuple[str, Any]] = {}
+        if "parameters" in given:
+            recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
+        values: dict[str, Any] = {}
+        for name, spec in declared.items():
+            names = [key for key in (name, *spec["also"]) if key in given]
+            if len(names) > 1:
+                raise InvalidInput(f"{names[0]} and {names[1]} are the same field: give one of them")
+            if names:
+                values[name] = spec["check"](names[0], given[names[0]])
+            elif name in recipe:
+                key, value = recipe[name]
+                values[name] = spec["check"](f"parameters: {key}", value)
+            elif spec["default"] is REQUIRED:
+                raise InvalidInput(f"{name} is required")
+            else:
+                values[name] = spec["check"](name, spec["default"])
+        # 2. prompts
+        for name in ("prompt", "negative_prompt"):
+            clean = well_formed(values[name])
+            if clean != values[name]:
+                warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
+            values[name] = clean
+            if recipe_line(clean):
+                raise InvalidInput(f"{name} ends in a picture's generation data: give the whole text as parameters")
+            try:
+                parse_prompt(clean)
+            except InvalidInput as error:
+                raise InvalidInput(f"{name}: {error}") from None
+            if found := PROMPT_EDITING.search(clean):
+                warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
+        # 3. LoRAs
+        values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings)
+        return cls(**values, warnings=tuple(warnings))
 
     @property
     def seeds(self) -> list[int]:
         """One seed an image: any of them can be made again alone."""
         return [(self.seed + i) % MAX_SEED for i in range(self.num_images)]
 
-
-def parse_request(raw: Any, settings: Settings) -> JobRequest:
-    """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
-    if not isinstance(raw, dict):
-        raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(raw)} as input')
-    refuse_unknown(raw, [name for key, spec in FIELDS.items() for name in (key, *spec.also)])
-    values = {name: read_field(name, spec, raw) for name, spec in FIELDS.items()}
-    warnings: list[str] = []
-    for name in ("prompt", "negative_prompt"):
-        clean = well_formed(values[name])
-        if clean != values[name]:
-            warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
-        values[name] = clean
-    values["loras"] = choose_loras(values, settings, warnings)
-    return JobRequest(**values, warnings=tuple(warnings))
+    def described(self) -> dict[str, Any]:
+        """What the answer's metadata repeats of the input."""
+        return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
 
 
-def read_field(name: str, spec: Field, raw: Mapping[str, Any]) -> Any:
-    """The checked value of a field, given under its own name or another of its names, or its default."""
-    given = [key for key in (name, *spec.also) if key in raw]
-    if len(given) > 1:
-        raise InvalidInput(f"{given[0]} and {given[1]} are the same field: give one of them")
-    if not given and spec.default is REQUIRED:
-        raise InvalidInput(f"{name} is required")
-    return spec.check(given[0] if given else name, raw[given[0]] if given else spec.default)
-
-
-def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[str]) -> dict[str, float]:
-    """The job's stack, adapter -> scale: its `loras` or the configured ones, then the prompt's <lora:…> tags."""
+def stack_names(settings: Settings) -> dict[str, str]:
+    """Sanitized names by which a job may call the stack's LoRAs -> adapter: its own, and its file's."""
     stack = settings.stack
-    files = {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()}
-    known = files | {name: name for name in stack}
-    if values["loras"] is None:
-        chosen = {name: config["scale"] for name, config in stack.items()}
-    else:
-        chosen = {}
-        for name, scale in values["loras"]:
-            adapter = known.get(sanitize_name(name))
-            if adapter is None:
-                raise InvalidInput(f"loras: {shown(name)} is not in the stack: {', '.join(stack) or 'it is empty'}")
-            if adapter in chosen:
-                raise InvalidInput(f"loras: {shown(name)} is given twice")
-            chosen[adapter] = stack[adapter]["scale"] if scale is None else scale
-    for name, scale in split_lora_tags(values["prompt"])[1]:
+    return {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()} | {
+        n: n for n in stack
+    }
+
+
+def choose_loras(
+    listed: list[tuple[str, float | None]] | None, prompt: str, settings: Settings, warnings: list[str]
+) -> dict[str, float]:
+    """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags."""
+    stack, known = settings.stack, stack_names(settings)
+    chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
+    for name, scale in listed or []:
+        adapter = known.get(sanitize_name(name))
+        if adapter is None:
+            raise InvalidInput(f"loras: {shown(name)} is not in the stack: {', '.join(stack) or 'it is empty'}")
+        if adapter in chosen:
+            raise InvalidInput(f"loras: {shown(name)} is given twice")
+        chosen[adapter] = stack[adapter]["scale"] if scale is None else scale
+    for name, scale in split_lora_tags(prompt)[1]:
         adapter = known.get(sanitize_name(name))
         if adapter is None:
             warnings.append(f"<lora:{name}> was left out: the stack holds {', '.join(stack) or 'no LoRA'}")
         else:
-            chosen[adapter] = real_number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
+            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
     return chosen
 
 
@@ -3018,7 +3893,7 @@ def choose_loras(values: Mapping[str, Any], settings: Settings, warnings: list[s
 
 
 class Observer:
-    """Is told how far a job has come. This one ignores it; Progress reports it to RunPod."""
+    """Is told how far a job has come. This one ignores it; the queue's reports it to RunPod."""
 
     def denoising(self) -> None:
         """The GPU has begun to denoise."""
@@ -3035,6 +3910,7 @@ class Timings:
 
     @contextmanager
     def __call__(self, name: str, gpu: bool = True) -> Iterator[None]:
+        """Times a phase; gpu: whether the GPU works in it."""
         started = time.monotonic()
         yield
         if gpu and torch.cuda.is_available():
@@ -3043,21 +3919,20 @@ class Timings:
 
 
 class Worker:
-    """What the process holds for its life: the pipeline, its prompt encoder, and the lock that keeps GPU work of
-    several jobs one after the other."""
+    """What the process holds for its life: the engine, and the lock that keeps GPU work of several jobs one after the
+    other."""
 
     def __init__(self) -> None:
         self.gpu = threading.Lock()
         self._loading = threading.Lock()
-        self._ready: tuple[Any, PromptEncoder] | None = None
+        self._engine: Engine | None = None
 
-    def ready(self) -> tuple[Any, PromptEncoder]:
-        """Pipeline and encoder, loaded at the first use. Raises SetupFailed; the next call tries again."""
+    def engine(self) -> Engine:
+        """The engine, loaded at the first use. Raises SetupFailed; the next call tries again."""
         with self._loading:
-            if self._ready is None:
-                pipe = load_pipeline()
-                self._ready = pipe, PromptEncoder(pipe)
-            return self._ready
+            if self._engine is None:
+                self._engine = Engine.load(Settings.from_environ())
+            return self._engine
 
 
 WORKER = Worker()
@@ -3081,138 +3956,96 @@ def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
     return failure_answer(failure)
 
 
+def worker_error(error: Exception, job_id: str) -> WorkerError:
+    """explain, with the traceback of what was not foreseen in the log."""
+    if not isinstance(error, WorkerError):
+        log.exception("job %s: unexpected failure", job_id)
+    return explain(error)
+
+
 def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     """The one long path: check, load, generate, encode, answer. Raises WorkerError."""
     # 1. all that can be refused, before anything costs
     settings = Settings.from_environ()
-    request = parse_request(job.get("input") if isinstance(job, dict) else None, settings)
-    bucket = parse_s3_config(job) or settings.bucket
+    request = JobRequest.parse(job.get("input") if isinstance(job, dict) else None, settings)
+    bucket = job_bucket(job, settings)
     # 2. the models, where the start has not loaded them
-    pipe, encoder = WORKER.ready()
+    engine = WORKER.engine()
     # 3. the GPU's work, one job at a time
     timings = Timings()
     with WORKER.gpu, torch.inference_mode():
         started = time.monotonic()
         try:
-            images, conditioning = generate(pipe, encoder, request, timings, observer)
+            images, conditioning = generate(engine, request, timings, observer)
         except Exception as error:  # noqa: BLE001 - cleared away before the next job's turn
-            raise clear_failure(worker_error(error, job_id), error, pipe) from None
-        metadata = describe(request, settings, pipe.lora_stack, conditioning)
+            failure = worker_error(error, job_id)
+            while error:
+                error.__traceback__ = None  # its frames hold the job's tensors
+                error = error.__context__
+            with suppress(RuntimeError):  # once the GPU is lost, nothing can be freed either
+                free_memory(engine)
+            raise failure from None
+        loras = dict(engine.stack.applied)
     # 4. files and links, beside the next job's GPU work
-    answer = {"images": [], "seed": request.seed, "metadata": metadata}
+    metadata = describe(request, engine, loras, conditioning)
     with timings("images", gpu=False):
-        recipes = image_recipes(request, settings, pipe.model_files, metadata["loras"])
+        recipes = image_recipes(request, engine, loras)
+        answer = {"images": [], "seed": request.seed, "metadata": metadata}
         answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
-    answer["metadata"] |= {"processing_time": round(time.monotonic() - started, 3), "timings": timings.seconds}
+    seconds = round(time.monotonic() - started, 3)
+    answer["metadata"] |= {"processing_time": seconds, "timings": timings.seconds}
     log.info(
-        "job %s: %s, seed %d, %d+%d chunks: %.1f s %s",
-        job_id,
-        f"{request.num_images} x {request.width}x{request.height}",
-        request.seed,
-        conditioning.prompt_chunks,
-        conditioning.negative_prompt_chunks,
-        answer["metadata"]["processing_time"],
-        timings.seconds,
+        "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
+        *(job_id, request.num_images, request.width, request.height, request.seed),
+        *(conditioning.prompt_chunks, conditioning.negative_prompt_chunks, seconds, timings.seconds),
     )
     return answer
 
 
-def worker_error(error: Exception, job_id: str) -> WorkerError:
-    """The failure that a client sees; what a library raised goes to the log."""
-    if isinstance(error, WorkerError):
-        return error
-    log.exception("job %s: unexpected failure", job_id)
-    return explain(error)
+def generate(
+    engine: Engine, request: JobRequest, timings: Timings, observer: Observer
+) -> tuple[list[Any], Conditioning]:
+    """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
+    with timings("loras"):
+        changed = engine.stack.apply(request.loras)
+    if not changed:
+        del timings.seconds["loras"]
+    with timings("encode"):
+        conditioning = engine.encoder.encode(request, stack=tuple(sorted(engine.stack.applied.items())))
+    observer.denoising()
+    with timings("denoise"):
+        latents = denoise(engine, request, conditioning, observer)
+    with timings("decode"):
+        images = decode(engine.pipe, latents)
+        engine.pipe.maybe_free_model_hooks()
+    return images, conditioning
 
 
-def clear_failure(failure: WorkerError, error: BaseException | None, pipe: Any) -> WorkerError:
-    """failure, after all that the failed job left on the GPU is gone."""
-    while error:
-        error.__traceback__ = None  # its frames hold the job's tensors
-        error = error.__context__
-    with suppress(RuntimeError):  # once the GPU is lost, nothing can be freed either
-        free_memory()
-        pipe.maybe_free_model_hooks()
-    return failure
-
-
-DESCRIBED = (
-    *("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seeds", "scheduler"),
-    *("clip_skip", "long_prompt", "image_format"),
-)
-
-
-def describe(request: JobRequest, settings: Settings, stack: LoraStack, conditioning: Conditioning) -> dict[str, Any]:
+def describe(
+    request: JobRequest, engine: Engine, loras: Mapping[str, float], conditioning: Conditioning
+) -> dict[str, Any]:
     """The answer's metadata, apart from times."""
-    failed = [f"LoRA {name} was left out: {stack.failed[name]}" for name in request.loras if name in stack.failed]
-    return {name: getattr(request, name) for name in DESCRIBED} | {
+    settings, failed = engine.settings, engine.stack.failed
+    left_out = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    return request.described() | {
+        "seeds": request.seeds,
         "prompt_chunks": conditioning.prompt_chunks,
         "negative_prompt_chunks": conditioning.negative_prompt_chunks,
         "model": settings.checkpoint["name"],
         "model_version": version_id(settings.checkpoint),
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
-        "loras": [{"name": name, "scale": scale} for name, scale in stack.applied.items()],
-        "loras_failed": [{"name": name, "error": reason} for name, reason in stack.failed.items()],
-        "warnings": [*request.warnings, *conditioning.warnings, *failed],
+        "loras": [{"name": name, "scale": scale} for name, scale in loras.items()],
+        "loras_failed": [{"name": name, "error": reason} for name, reason in failed.items()],
+        "warnings": [*request.warnings, *conditioning.warnings, *left_out],
     }
 
 
-def generate(
-    pipe: Any, encoder: PromptEncoder, request: JobRequest, timings: Timings, observer: Observer
-) -> tuple[list[Any], Conditioning]:
-    """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
-    stack = pipe.lora_stack
-    with timings("loras"):
-        changed = stack.apply(request.loras)
-    if not changed:
-        del timings.seconds["loras"]
-    with timings("encode"):
-        conditioning = encoder.encode(
-            request.prompt,
-            request.negative_prompt,
-            long_prompt=request.long_prompt,
-            clip_skip=request.clip_skip,
-            stack=tuple(sorted(stack.applied.items())),
-            guidance=request.guidance_scale > 1,
-        )
-    observer.denoising()
-    with timings("denoise"):
-        latents = denoise(pipe, request, conditioning, observer)
-    with timings("decode"):
-        images = decode(pipe, latents)
-        pipe.maybe_free_model_hooks()
-    return images, conditioning
-
-
-def denoise(pipe: Any, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
-    """Latents (num_images, 4, height/8, width/8). Image i is drawn from seeds[i] with a CPU generator of its own."""
-
-    def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
-        return {}
-
-    pipe.scheduler = build_scheduler(request.scheduler, pipe.scheduler_config, request.steps)
-    return pipe(
-        prompt_embeds=conditioning.prompt_embeds,
-        negative_prompt_embeds=conditioning.negative_prompt_embeds,
-        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-        negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=request.num_images,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).images
-
-
-def free_memory() -> None:
+def free_memory(engine: Engine) -> None:
     """Gives a failed job's memory back, so that the next job finds it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    engine.pipe.maybe_free_model_hooks()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3295,11 +4128,12 @@ def set_up() -> int:
     """Makes the worker ready, or raises WorkerError; returns how many jobs it may hold."""
     settings = Settings.from_environ()
     check_store(settings)
-    pipe, encoder = WORKER.ready()
+    engine = WORKER.engine()
     with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
         side = 1024 if torch.cuda.is_available() else 256
-        request = parse_request({"prompt": "warm-up", "seed": 0, "steps": 2, "width": side, "height": side}, settings)
-        images, _ = generate(pipe, encoder, request, Timings(), Observer())
+        warm_up = {"prompt": "warm-up", "seed": 0, "steps": 2, "width": side, "height": side}
+        request = JobRequest.parse(warm_up, settings)
+        images, _ = generate(engine, request, Timings(), Observer())
     encode_images(images, [""], request.image_format)
     return settings.jobs_in_flight
 
@@ -3570,7 +4404,7 @@ def main() -> None:
     import_sdk()
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
-        in_background(WORKER.ready)  # the first request waits for it, and is told where it failed
+        in_background(WORKER.engine)  # the first request waits for it, and is told where it failed
         runpod.serverless.start({"handler": handler_in_thread})
         return
     if not options.test_input:

@@ -1091,31 +1091,31 @@ def start(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call
 def test_another_stack_is_a_setting(start, loaded, tmp_path: Path) -> None:
     """LORAS names version ids with scales; one that the table does not know is civitai_<id>."""
     write_lora(tmp_path / "store" / "loras" / "civitai_999.safetensors")
-    stack = start(LORAS="135867@0.5, 999@-2,1253021").lora_stack
+    stack = start(LORAS="135867@0.5, 999@-2,1253021").stack
     assert stack.applied == {"detail_tweaker_xl": 0.5, "civitai_999": -2.0, "pony_realism_slider": 1.0}
     assert stack.failed == {}
 
 
 def test_an_empty_stack_is_the_bare_checkpoint(start, loaded) -> None:
     """LORAS="" changes no weight."""
-    pipe = start(LORAS="")
-    assert pipe.lora_stack.applied == {}
-    assert_same(weights_of(pipe), weights_of(loaded))
+    engine = start(LORAS="")
+    assert engine.stack.applied == {}
+    assert_same(weights_of(engine.pipe), weights_of(loaded))
 
 
 def test_another_checkpoint_is_a_setting(start, world, loaded, tmp_path: Path) -> None:
     """CHECKPOINT=<version id> runs another model of Civitai's, with the same stack."""
     tensors = load_file(world.checkpoint)
     save_file({k: v * 0.5 for k, v in tensors.items()}, tmp_path / "store" / "checkpoints" / "civitai_42.safetensors")
-    pipe = start(CHECKPOINT="42")
-    assert pipe.lora_stack.applied == SCALES
-    pipe.lora_stack.apply({})
-    assert torch.equal(pipe.unet.conv_in.weight, loaded.unet.conv_in.weight * 0.5)
+    engine = start(CHECKPOINT="42")
+    assert engine.stack.applied == SCALES
+    engine.stack.apply({})
+    assert torch.equal(engine.pipe.unet.conv_in.weight, loaded.unet.conv_in.weight * 0.5)
 
 
 def test_a_bad_file_in_the_store_does_not_stop_a_start(start, tmp_path: Path) -> None:
     """The other LoRAs are in force, the bad one is named."""
     write_bad_lora(tmp_path / "store" / "loras" / handler.LORA_CONFIGS[0]["filename"], "half")
-    stack = start().lora_stack
+    stack = start().stack
     assert stack.applied == {name: scale for name, scale in SCALES.items() if name != "detail_tweaker_xl"}
     assert "lacks the part" in stack.failed["detail_tweaker_xl"]
