@@ -35,3 +35,8 @@ def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales:
 
 compile_unet = handler.compile_unet  # compile_unet(pipe, backend)
 COMPILED_BLOCKS = handler.COMPILED_BLOCKS
+
+
+def load_engine() -> handler.Engine:
+    """What a start makes of the environment: the pipeline and all that belongs to it."""
+    return handler.Engine.load(handler.Settings.from_environ())

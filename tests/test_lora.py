@@ -21,7 +21,7 @@ import torch
 from lora_kinds import KINDS
 from lora_kinds import draw as numbers
 from safetensors.torch import load_file, save_file
-from seams import COMPILED_BLOCKS, LoraStack, changed_tensors, compile_unet, merge_into
+from seams import COMPILED_BLOCKS, LoraStack, changed_tensors, compile_unet, load_engine, merge_into
 from seams import LORA_COMPONENTS as PARTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import (
@@ -1077,13 +1077,13 @@ def test_compiled_blocks_serve_every_length_size_batch_and_stack(loaded, bare, f
 
 @pytest.fixture
 def start(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Loads the worker's pipeline with the given settings from a copy of the world's files."""
+    """Loads the worker's engine with the given settings from a copy of the world's files."""
     shutil.copytree(world.store, tmp_path / "store")
 
     def load(**settings: str) -> Any:
         for name, value in (world.environ(store=tmp_path / "store") | settings).items():
             monkeypatch.setenv(name, value)
-        return handler.load_pipeline()
+        return load_engine()
 
     return load
 
