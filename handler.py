@@ -1934,7 +1934,7 @@ class LoraStack:
             self.add(adapter, file)
 
     def add(self, adapter: str, file: Path) -> None:
-        """Reads a file."""
+        """Reads a file into the stack, or notes in `failed` why it cannot be used."""
         try:
             shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
         except BadLora as reason:
