@@ -52,12 +52,13 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain, count, islice, pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
@@ -1523,8 +1524,22 @@ def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
             str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
         )
+        scale_float8(pipe, checkpoint)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
     return pipe
+
+
+def scale_float8(pipe: Any, checkpoint: Path) -> None:
+    """Multiplies the weights of a scaled float8 checkpoint by their `scale_weight`, which diffusers leaves out."""
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
+    if not scales:
+        return
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
+    layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
+    for name, scale in scales.items():
+        weight = attrgetter(layers[name.removesuffix(".scale_weight")])(pipe).weight
+        weight.data = (weight.data.float() * scale.float()).to(weight.dtype)
 
 
 def compile_unet(pipe: Any, backend: str = "inductor") -> None:
@@ -1592,73 +1607,374 @@ def is_black(pixels: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRAs
 
-# A LoRA adds scale * alpha / rank * up @ down to a weight. The stack is merged into the weights: nine PEFT adapters
-# turn the 1,870 kernels of a UNet forward into 27,851. Reading the files' many formats stays diffusers' business.
+# Whatever a file's names, kinds and ways of scaling, it is read into Shares: what it adds to single tensors of the
+# checkpoint, by the formulas of lycoris-lora and PEFT. The stack is merged into the weights: nine PEFT adapters turn
+# the 1,870 kernels of a UNet forward into 27,851.
 
-LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-LORA_KEY = re.compile(r"[._](lora_(down|up)|lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up))\.weight$|\.alpha$")
-OTHER_KINDS = {  # part of a tensor's name -> what only that kind of file has
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "Tucker-decomposed LoCon (lora_mid)",
-    "oft_": "OFT",
-    ".diff": "full-difference",
-    "lora_B.bias": "bias",
+LORA_COMPONENTS = {  # component -> how the names of its layers begin in files, with "_" for each "."
+    "unet": ("lora_unet_", "lycoris_", "unet_", "diffusion_model_", "base_model_model_", "base_model_model_unet_", ""),
+    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_", "clip_l_"),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_", "clip_g_"),
 }
-JOB_BYTES = 12 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
+LORA_PART = re.compile(  # how a tensor's name ends: which part of its layer it is
+    r"(.+)[._](?:lora(?:_linear_layer)?[._](up|down|mid|A|B)(?:\.default)?\.weight|lora_(magnitude_vector)(?:\.weight)?"
+    r"|(alpha|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|w_norm|diff_b|b_norm))"
+)
+LORA_PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # the same parts by other names
+RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # the first of them that a layer has tells its rank
+OTHER_KINDS = {  # found in the list of a file's tensors, lines such as "name [4, 4]" -> what the file is
+    r"boft_|oft_blocks \[\d+, \d+, \d+, \d+\]": "a BOFT network",
+    r"oft_(blocks|diag|[rR]\b)": "an OFT network",
+    r"\.([ab][12]|bm[12])\.weight ": "a GLoRA network",
+    r"\.on_input |\bia3_": "an IA³ network",
+    r"^lora_controlnet |zero_convs|input_hint_block|controlnet_|lllite_": "a ControlNet or control-LoRA",
+    r"^(clip_[lg]|emb_params|string_to_param\S*) ": "a textual-inversion embedding",
+    r"^(first_stage_model|conditioner|cond_stage_model|model\.diffusion_model)\.": "a checkpoint",
+}
+OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
+    r"(double|single)_blocks[._]|single_transformer_blocks[._]": "a LoRA for Flux or a model of its kind",
+    r"joint_blocks[._]|[._]attn[._]add_[qkv]_proj": "a LoRA for Stable Diffusion 3 or a model of its kind",
+    r"(?<!encoder)[._](transformer_blocks|blocks|layers)[._]\d+[._](self_|cross_)?attn[._]": "a LoRA of a transformer",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 768\b": "a LoRA for Stable Diffusion 1",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 1024\b": "a LoRA for Stable Diffusion 2",
+    r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
+}
+JOB_BYTES = 6 * GIB  # stays free on the GPU for the largest jobs, which take 4.9 GiB above the weights
 
 
 class BadLora(Exception):
     """Why a file cannot go into the stack, in words for a client."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A LoRA's share in one weight: the job's scale * scaling * up @ down."""
+# kinds
 
-    up: Any  # (rows, rank); of a convolution (rows, rank, 1, 1)
-    down: Any  # (rank, columns); of a convolution (rank, channels, kernel, kernel)
+
+def low_rank(parts: Mapping[str, Any]) -> Any:
+    """LoRA and LoCon: up (rows, rank, 1, 1) times down (rank, columns, kernel, kernel)."""
+    return parts["up"].flatten(1) @ parts["down"].flatten(1)
+
+
+def hadamard(parts: Mapping[str, Any]) -> Any:
+    """LoHa: two products, multiplied number by number."""
+    first = product(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
+    return first * product(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+
+
+def kronecker(parts: Mapping[str, Any]) -> Any:
+    """LoKr: the Kronecker product of two matrices, each whole or factored; a convolution's kernel is the second's."""
+    w1 = parts["lokr_w1"] if "lokr_w1" in parts else product(parts["lokr_w1_a"], parts["lokr_w1_b"])
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    else:
+        w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
+
+
+def product(a: Any, b: Any, core: Any = None) -> Any:
+    """a (rows, rank) times b (rank, columns); with a Tucker core (rank, rank, kernel, kernel) a is (rank, rows)."""
+    return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
+
+
+LORA_KINDS = {  # how the names of the parts begin -> their kind; else it is low_rank
+    "hada": hadamard,
+    "lokr": kronecker,
+    "diff": itemgetter("diff"),  # differences of whole weights, norms and biases are the change itself
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a file adds to one weight or bias of the checkpoint at scale 1."""
+
+    kind: Callable[[Mapping[str, Any]], Any]  # its parts -> the change, but for the scaling
+    parts: Mapping[str, Any]
     scaling: float  # alpha / rank
+    magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
+
+    def to(self, device: Any) -> Share:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, magnitude=magnitude)
+
+    def change(self, original: Any) -> Any:
+        """The change in float32, for the checkpoint's own tensor in float32; all on one device."""
+        parts = {name: part.float() for name, part in self.parts.items()}
+        change = self.scaling * self.kind(parts).reshape(original.shape)
+        if self.magnitude is None:
+            return change
+        turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
+        norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
+        return (
+            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
+        )
+
+
+@functools.lru_cache
+def change_shape(kind: Callable[..., Any], shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """The shape of the change that parts of these shapes make up; torch tries it without numbers."""
+    return kind({name: torch.empty(shape, device="meta") for name, shape in shapes}).shape
+
+
+# files
+
+
+def ldm_names(unet: Any) -> dict[str, str]:
+    """diffusers' name of each layer -> its name in the original (LDM) layout, in which most LoRAs are written:
+    "down_blocks.1.resnets.0.conv1" -> "input_blocks.4.0.in_layers.2".
+
+    diffusers only converts in the other direction: it is given every name that a block could hold.
+    """
+    resnet = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+    attention = {name.partition(".attentions.")[2][2:] for name, _ in unet.named_modules() if ".attentions." in name}
+    blocks = [f"{side}_blocks.{n}" for side in ("input", "output") for n in range(9)]
+    names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"]
+    names += [f"{block}.0.{layer}" for block in (*blocks, "middle_block") for layer in (*resnet, "op")]
+    names += [f"{block}.1.{layer}" for block in (*blocks, "middle_block") for layer in attention]
+    names += [f"middle_block.2.{layer}" for layer in resnet] + [f"{block}.2.conv" for block in blocks]
+    tensors = {f"model.diffusion_model.{name}.{end}": name for name in names for end in ("weight", "bias")}
+    converted = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(tensors, unet.config)
+    return {name.removesuffix(".weight"): original for name, original in converted.items()}
+
+
+def layer_spellings(pipe: Any) -> dict[str, str]:
+    """Every way to write a layer's name, with "_" for each "." -> the layer, "unet.mid_block.attentions.0.proj_in"."""
+    originals, spellings = ldm_names(pipe.unet), {}
+    for component, prefixes in LORA_COMPONENTS.items():
+        for name, module in getattr(pipe, component).named_modules():
+            if getattr(module, "weight", None) is None:
+                continue
+            old = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", name).replace("to_out.0", "to_out")
+            for spelled in {name, old, originals.get(name, name)}:
+                spellings |= {prefix + spelled.replace(".", "_"): f"{component}.{name}" for prefix in prefixes}
+    return spellings
+
+
+def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict[str, Share], dict, list[str]]:
+    """A file's shares, "unet.mid_block.attentions.0.proj_in.weight" -> Share; its bundled embeddings as they are, name
+    -> {"clip_l": (n, 768), "clip_g": (n, 1280)}; warnings. spellings are layer_spellings(pipe). Raises BadLora."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            configs = peft_configs(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadLora("the file is damaged or not a safetensors file") from error
+    refuse(tensors, OTHER_KINDS)
+    changes, unknown, embeddings = sort_tensors(tensors, spellings)
+    if not changes:
+        if not any(map(LORA_PART.fullmatch, tensors)):
+            raise BadLora("the file holds no LoRA weights")
+        refuse(tensors, OTHER_MODELS)
+        raise BadLora(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
+    total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
+    changed = {name: attrgetter(name)(pipe) for name in changes}
+    unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
+    for name, tensor in changed.items():
+        try:
+            shares[name] = None if tensor is None else read_share(name, changes[name], tensor.shape, configs)
+        except KeyError as part:
+            raise BadLora(f"its layer {name} lacks the part {part}") from part
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            refuse(tensors, OTHER_MODELS)
+            raise BadLora(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
+    warnings = []
+    if unknown:
+        such = f"such as {min(unknown)[:80]!r}"
+        warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
+    return {name: share for name, share in shares.items() if share}, embeddings, warnings
+
+
+def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Raises BadLora where a row of the table says what the file is."""
+    listing = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    for pattern, what in kinds.items():
+        if re.search(pattern, listing, re.MULTILINE):
+            raise BadLora(f"the file is {what}: only LoRA, LoHa, LoKr, DoRA and difference files for SDXL can be used")
+
+
+def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[dict, set[str], dict]:
+    """A file's tensors by what they change, "unet.conv_in.weight" -> part -> tensor; the names of layers that SDXL
+    lacks; the tensors of bundled embeddings, name -> part -> tensor. Raises BadLora for what could only be guessed."""
+    changes, unknown, bundled = {}, set(), {}
+    for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):
+            name, _, part = key.removeprefix("bundle_emb.").partition(".")
+            bundled.setdefault(name, {})[part] = tensor
+            continue
+        found = LORA_PART.fullmatch(key.replace(".processor.", "."))  # "attn1.processor.to_q_lora.up.weight"
+        spelled, part = (found[1], found[found.lastindex]) if found else (key, "")
+        part, layer = LORA_PARTS.get(part, part), spellings.get(spelled.replace(".", "_"))
+        if found and layer:
+            name, part = (f"{layer}.bias", "diff") if part == "diff_b" else (f"{layer}.weight", part)
+            if changes.setdefault(name, {}).setdefault(part, tensor) is not tensor:
+                raise BadLora(f"the file holds {name} twice, under two names")
+        elif not found and any(key[: dot.start()].replace(".", "_") in spellings for dot in re.finditer(r"\.", key)):
+            raise BadLora(f"the file holds weights of an unknown kind, such as {key[:80]!r}")
+        else:
+            unknown.add(spelled)
+    return changes, unknown, bundled
+
+
+def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping[str, Any]) -> Share | None:
+    """A file's share in a tensor of this name and shape; None for rank 0. configs are PEFT's, for each component.
+
+    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
+    ValueError, where the parts do not make up that shape.
+    """
+    parts = {part: usable(tensor) for part, tensor in parts.items()}
+    component, _, layer = name.removesuffix(".weight").partition(".")
+    rank = next((len(parts[part]) for part in RANK_PARTS if part in parts), None)
+    if rank == 0:
+        return None
+    scaling, alpha, config = 1.0, parts.pop("alpha", None), configs.get(component)
+    if rank and alpha is not None:
+        scaling = float(alpha) / rank
+    elif rank and config:
+        alpha = config.alpha_pattern.get(
+            peft.utils.other.get_pattern_key(config.alpha_pattern, layer), config.lora_alpha
+        )
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    magnitude = parts.pop("dora_scale", None)  # (rows, 1, ...) or (1, columns, ...)
+    if magnitude is not None:
+        magnitude = magnitude.flatten(1) if len(magnitude) == 1 else magnitude.flatten()
+    if "magnitude_vector" in parts or (config and config.use_dora):
+        magnitude = parts.pop("magnitude_vector").flatten()  # (rows,), or (1, rows, 1, 1) of a convolution
+    kind, *others = {LORA_KINDS.get(part[:4], low_rank) for part in parts} or {low_rank}
+    if others:
+        raise BadLora(f"its layer {name} is of several kinds at once")
+    if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
+        down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
+        parts["down"] = down
+    made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
+    fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
+    if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
+        raise ValueError("another shape")
+    return Share(kind, parts, scaling, magnitude)
+
+
+def usable(tensor: Any) -> Any:
+    """The tensor in a type that torch can compute with. Raises BadLora for NaN and infinite numbers."""
+    if not tensor.is_floating_point():
+        raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
+    tensor = tensor.half() if tensor.element_size() == 1 else tensor  # float8: float16 holds it exactly
+    if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # 20 times as fast as isfinite, and keeps NaN
+        raise BadLora("the file holds NaN or infinite numbers")
+    return tensor
+
+
+def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadLora."""
+    configs = {}
+    try:
+        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+            component, _, name = key.partition(".")
+            if name in peft.LoraConfig.__dataclass_fields__:  # newer versions of PEFT write more
+                configs.setdefault(component, {})[name] = value
+        return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadLora("its PEFT configuration cannot be read") from error
+
+
+# the stack
 
 
 @dataclass
 class Target:
-    """A weight that LoRAs of the stack change."""
+    """A weight or bias that LoRAs of the stack change."""
 
     module: Any
-    original: Any  # the weight as in the checkpoint; never written to
-    factors: dict[str, Factors] = field(default_factory=dict)  # adapter name -> its share
+    name: str  # "weight" or "bias"
+    original: Any  # as in the checkpoint; never written to
+    shares: dict[str, Share] = field(default_factory=dict)  # adapter name -> its share
+    apart: bool = False  # whether the original has a place of its own
+    up: Any = None  # (rows, ranks) and (ranks, columns): the plain shares, joined
+    down: Any = None
+
+    def plain(self, scales: Iterable[str]) -> dict[str, Share]:
+        """The shares of these adapters that are products of two matrices, whatever the weight."""
+        shares = {name: share for name, share in self.shares.items() if name in scales}
+        return {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
+
+    def settle(self, on_gpu: bool) -> None:
+        """Parts the original from the tensor that is going to be changed, and joins the plain shares, so that a change
+        of the stack takes one product for all of them."""
+        tensor = getattr(self.module, self.name)
+        if on_gpu and not self.apart:
+            self.original = tensor.detach().clone()
+        elif tensor.data_ptr() == self.original.data_ptr():
+            half = tensor.detach().half()
+            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
+                self.original = half  # exact: float32 pipelines too come from float16 files
+            else:
+                tensor.data = tensor.detach().clone()
+        self.apart = True
+        self.shares = {name: share.to(self.original.device) for name, share in self.shares.items()}
+        if plain := self.plain(self.shares):
+            self.up = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], 1)
+            self.down = torch.cat([share.parts["down"].flatten(1) for share in plain.values()])
+            ranks = [len(share.parts["down"]) for share in plain.values()]
+            for name, up, down in zip(plain, self.up.split(ranks, 1), self.down.split(ranks), strict=True):
+                self.shares[name] = replace(plain[name], parts={"up": up, "down": down})
+
+    def merge(self, scales: Mapping[str, float], rank_scales: Any, device: Any) -> None:
+        """tensor = original + what the LoRAs add, summed in float32 and rounded once; rank_scales (ranks,) are those of
+        the plain shares. In place, since torch.compile and hooks hold on to the tensor."""
+        tensor, original, change = getattr(self.module, self.name), self.original.to(device), None
+        plain = self.plain(scales)
+        if plain:
+            up, down = self.up, self.down
+            if len(rank_scales) < len(down):
+                up = torch.cat([share.parts["up"] for share in plain.values()], 1)
+                down = torch.cat([share.parts["down"] for share in plain.values()])
+            change = ((up.to(device) * rank_scales) @ down.to(device).float()).view_as(original)
+        for name, share in self.shares.items():
+            if name in scales and name not in plain:
+                more = scales[name] * share.to(device).change(original.float())
+                change = more if change is None else change + more
+        if change is None:
+            tensor.copy_(original)
+        elif original.device == tensor.device:
+            torch.add(original, change, out=tensor)
+        else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
+            tensor.copy_((original + change).to(tensor.dtype))
 
 
 class LoraStack:
     """LoRAs merged into a pipeline's weights, so that a job runs exactly the operations of the bare checkpoint.
 
-    `failed` says which files cannot be used, and why: nothing of them is in any weight. `applied` is what is in the
-    weights now, adapter name -> scale.
+    `failed` says which files cannot be used, and why: nothing of them is in any weight. `warnings` says what the others
+    hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now, adapter name ->
+    scale.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         """Reads all files, adapter name -> path. Best before the pipeline leaves host memory: see settle()."""
-        self.pipe = pipe
+        self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
+        self.warnings: dict[str, list[str]] = {}
+        self.embeddings: dict[str, dict[str, dict[str, Any]]] = {}  # adapter name -> embedding's name -> part -> tensor
         self.applied: dict[str, float] = {}
         self.adapters: set[str] = set()  # what can be applied
         self.targets: dict[str, Target] = {}
         self.settled = False
-        modules = lora_modules(pipe)
         for adapter, file in files.items():
-            try:
-                shares = read_lora(pipe, file, modules)
-            except BadLora as reason:
-                self.failed[adapter] = str(reason)
-                log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-                continue
-            self.adapters.add(adapter)
-            for name, factors in shares.items():
-                target = self.targets.setdefault(name, Target(modules[name], modules[name].weight.detach()))
-                target.factors[adapter] = factors
+            self.add(adapter, file)
+
+    def add(self, adapter: str, file: Path) -> None:
+        """Reads a file into the stack, or notes in `failed` why it cannot be used."""
+        try:
+            shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
+        except BadLora as reason:
+            self.failed[adapter] = str(reason)
+            log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
+            return
+        self.adapters.add(adapter)
+        for warning in self.warnings[adapter]:
+            log.warning("LoRA %s: %s", adapter, warning)
+        for name, share in shares.items():
+            layer, _, end = name.rpartition(".")
+            target = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
+            self.targets.setdefault(name, target).shares[adapter] = share
+        self.settled = False
 
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
@@ -1672,15 +1988,15 @@ class LoraStack:
         if unknown := wanted.keys() - self.adapters:
             raise KeyError(*unknown)
         changed = {name for name in self.adapters if wanted.get(name) != self.applied.get(name)}
+        targets = [target for target in self.targets.values() if not changed.isdisjoint(target.shares)]
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
             if not self.settled:
                 self.settle()
-            # NaN equals no scale: after a change that fails half-way the next one writes every weight anew
+            # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
             self.applied = dict.fromkeys(self.adapters, math.nan)
-            for target in self.targets.values():
-                if not changed.isdisjoint(target.factors):
-                    merge(target, wanted, device)
+            for target, rank_scales in zip(targets, scale_ranks(targets, wanted, device), strict=True):
+                target.merge(wanted, rank_scales, device)
         self.applied = wanted
         return True
 
@@ -1688,145 +2004,24 @@ class LoraStack:
         """Gives the originals a place of their own before the first change: on the GPU where the largest jobs fit
         beside them, else in host memory, where a float16 pipeline's are pages of the checkpoint file itself."""
         targets = self.targets.values()
-        size = sum(t.original.nbytes + sum(f.up.nbytes + f.down.nbytes for f in t.factors.values()) for t in targets)
+        size = sum(part.nbytes for t in targets for share in t.shares.values() for part in share.parts.values())
+        size += sum(target.original.nbytes for target in targets)
         on_gpu = self.pipe.device.type == "cuda" and torch.cuda.mem_get_info()[0] - size >= JOB_BYTES
         for target in targets:
-            keep_original(target, on_gpu)
+            target.settle(on_gpu)
         self.settled = True
         where = "on the GPU" if on_gpu else "in host memory"
-        log.info("LoRA stack: %d weights; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
+        log.info("LoRA stack: %d tensors; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
 
 
-def keep_original(target: Target, on_gpu: bool) -> None:
-    """Parts the original from the weight that is going to be changed."""
-    weight = target.module.weight
-    if on_gpu:
-        target.original = weight.detach().clone()
-        for adapter, factors in target.factors.items():
-            up, down = factors.up.to(weight.device), factors.down.to(weight.device)
-            target.factors[adapter] = Factors(up, down, factors.scaling)
-    elif weight.data_ptr() == target.original.data_ptr():
-        half = weight.detach().half()
-        if weight.dtype == torch.float32 and torch.equal(half.float(), weight):
-            target.original = half  # float32 pipelines too come from float16 files: half the memory holds them exactly
-        else:
-            weight.data = weight.detach().clone()
-
-
-def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
-    """weight = original + all LoRAs, summed in float32 by one matrix product and rounded once."""
-    weight = target.module.weight
-    shares = [(factors, scales[name] * factors.scaling) for name, factors in target.factors.items() if name in scales]
-    if not shares:
-        weight.copy_(target.original)
-        return
-    # to(device) first: a copy that converts as well would convert on the CPU, and move twice the bytes
-    original = target.original.to(device).float().flatten(1)  # (rows, columns)
-    up = torch.cat([factors.up.to(device).float().flatten(1) * scale for factors, scale in shares], 1)  # (rows, ranks)
-    down = torch.cat([factors.down.to(device).float().flatten(1) for factors, _ in shares])  # (ranks, columns)
-    merged = torch.addmm(original, up, down).to(weight.dtype)
-    weight.copy_(merged.view_as(weight))  # in place: torch.compile and hooks hold on to it
-
-
-def lora_modules(pipe: Any) -> dict[str, Any]:
-    """The layers that a LoRA can change, "unet.mid_block.attentions.0.proj_in" -> module."""
-    return {
-        f"{component}.{name}": module
-        for component in LORA_COMPONENTS
-        for name, module in getattr(pipe, component).named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    }
-
-
-def read_lora(pipe: Any, file: Path, modules: Mapping[str, Any]) -> dict[str, Factors]:
-    """A file in Kohya's, PEFT's or diffusers' format -> module name -> Factors. Raises BadLora.
-
-    The conversion of names and alphas is diffusers' own. Its load_lora_weights goes on to inject an adapter, where
-    PEFT compares every module with every name: 3 s a file, more with each.
-    """
-    try:
-        with safetensors.safe_open(file, "pt") as tensors:
-            check_keys(list(tensors.keys()))
-        state, alphas, metadata = pipe.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            use_safetensors=True,
-            local_files_only=True,
-            unet_config=pipe.unet.config,
-            return_lora_metadata=True,
-        )
-        shares: dict[str, Factors] = {}
-        for component in LORA_COMPONENTS:
-            shares |= component_factors(component, state, alphas, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BadLora("the file is damaged or not a safetensors file") from error
-    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise BadLora("made for another base model: its layers are not named like SDXL's") from error
-    if unknown := len(state) // 2 - len(shares.keys() & modules.keys()):
-        raise BadLora(f"made for another base model: {unknown} of its {len(state) // 2} layers are not in SDXL")
-    for name, factors in shares.items():
-        check_factors(name, factors, modules[name].weight)
-    return shares
-
-
-def check_keys(keys: list[str]) -> None:
-    """Raises BadLora unless the tensors' names are those of a plain LoRA, each with its other half."""
-    other = [key for key in keys if not LORA_KEY.search(key)]
-    for part, kind in OTHER_KINDS.items():
-        if any(part in key for key in other):
-            raise BadLora(f"{kind} weights are not supported: without them the LoRA would draw something else")
-    halves = Counter(LORA_KEY.sub("", key) for key in keys if LORA_KEY.search(key) and not key.endswith(".alpha"))
-    if not halves:
-        raise BadLora("the file holds no LoRA weights")
-    if other:
-        raise BadLora(f"the file holds weights that are not a LoRA's, such as {other[0][:80]!r}")
-    if lonely := [layer for layer, count in halves.items() if count != 2]:
-        raise BadLora(f"one half of {len(lonely)} of its {len(halves)} layers is missing")
-
-
-def component_factors(component: str, state: Mapping[str, Any], alphas: Any, metadata: Any) -> dict[str, Factors]:
-    """The part of a LoRA that changes one component, as diffusers and PEFT read it: alpha is the layer's own where
-    PEFT's rules find one, else the file's commonest, else the rank."""
-    tensors = {key: tensor for key, tensor in state.items() if key.startswith(f"{component}.")}
-    if not tensors:
-        return {}
-    if component == "unet":
-        tensors = diffusers.utils.convert_unet_state_dict_to_peft(tensors)
-    else:
-        tensors = diffusers.utils.convert_state_dict_to_diffusers(tensors)
-        tensors = diffusers.utils.convert_state_dict_to_peft(tensors)
-    downs = {key.removesuffix(".lora_A.weight"): tensor for key, tensor in tensors.items() if ".lora_A." in key}
-    ranks = {name: down.shape[0] for name, down in downs.items()}
-    if metadata:  # written by diffusers from 0.34 on
-        config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
-    else:
-        own = {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(f"{component}.")}
-        config = diffusers.utils.get_peft_kwargs(ranks, own, tensors, is_unet=component == "unet")
-    scalings = {name: layer_alpha(config, name, bool(metadata)) / rank for name, rank in ranks.items()}
-    return {name: Factors(tensors[f"{name}.lora_B.weight"], down, scalings[name]) for name, down in downs.items()}
-
-
-def layer_alpha(config: Mapping[str, Any], name: str, patterns: bool) -> float:
-    """The alpha of a layer; in a configuration of PEFT's own, alpha_pattern is one of regular expressions."""
-    key = peft.utils.other.get_pattern_key(config["alpha_pattern"], name.partition(".")[2]) if patterns else name
-    return config["alpha_pattern"].get(key, config["lora_alpha"])
-
-
-def check_factors(name: str, factors: Factors, weight: Any) -> None:
-    """Raises BadLora unless up @ down has the weight's shape and only finite numbers."""
-    up, down = factors.up, factors.down
-    rows, *columns = weight.shape
-    rank = down.numel() // math.prod(columns)
-    if not rank or up.shape != (rows, rank, *[1] * len(columns[1:])) or down.shape != (rank, *columns):
-        found = f"{tuple(up.shape)} x {tuple(down.shape)}"
-        raise BadLora(f"made for another base model: {name} is {found} in it, and {tuple(weight.shape)} in SDXL")
-    for tensor in (up, down):
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
-        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # 20 times as fast as isfinite, and keeps NaN
-            raise BadLora("the file holds NaN or infinite numbers")
-    if not math.isfinite(factors.scaling):
-        raise BadLora("the file holds an alpha that is no finite number")
+def scale_ranks(targets: Iterable[Target], scales: Mapping[str, float], device: Any) -> tuple[Any, ...]:
+    """For each target (ranks,): scale * alpha / rank for each rank of its plain shares; one copy moves them all."""
+    plain = [target.plain(scales) for target in targets]
+    values = [scales[name] * share.scaling for shares in plain for name, share in shares.items()]
+    ranks = [[len(share.parts["down"]) for share in shares.values()] for shares in plain]
+    joined = torch.tensor(values, dtype=torch.float32)
+    joined = joined.repeat_interleave(torch.tensor([rank for row in ranks for rank in row], dtype=torch.long))
+    return joined.to(device).split([sum(row) for row in ranks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3845,8 +4040,9 @@ def describe(
     request: JobRequest, engine: Engine, loras: Mapping[str, float], conditioning: Conditioning
 ) -> dict[str, Any]:
     """The answer's metadata, apart from times."""
-    settings, failed = engine.settings, engine.stack.failed
-    left_out = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
+    of_loras = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    of_loras += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
     return request.described() | {
         "seeds": request.seeds,
         "prompt_chunks": conditioning.prompt_chunks,
@@ -3856,7 +4052,7 @@ def describe(
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
         "loras": [{"name": name, "scale": scale} for name, scale in loras.items()],
         "loras_failed": [{"name": name, "error": reason} for name, reason in failed.items()],
-        "warnings": [*request.warnings, *conditioning.warnings, *left_out],
+        "warnings": [*request.warnings, *conditioning.warnings, *of_loras],
     }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +137,28 @@ def load_in_float16() -> None:
 
     build = handler.build_pipeline
     handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
+
+
+# --- LoRAs
+
+LoraStack = handler.LoraStack  # LoraStack(pipe, files).apply(scales); failed, warnings, embeddings, applied
+LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)
+
+
+def changed_tensors(stack: handler.LoraStack) -> set[str]:
+    """The tensors that the stack's LoRAs change, "unet.conv_in.weight"."""
+    return set(stack.targets)
+
+
+def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales: Mapping[str, float]) -> None:
+    """Merges plain LoRAs, adapter name -> (up, down, alpha / rank), into the weight of a single layer."""
+    target = handler.Target(layer, "weight", layer.weight.detach().clone())
+    for name, (up, down, scaling) in shares.items():
+        target.shares[name] = handler.Share(handler.low_rank, {"up": up, "down": down}, scaling, None)
+    with torch.no_grad():
+        target.settle(on_gpu=False)
+        [rank_scales] = handler.scale_ranks([target], scales, "cpu")
+        target.merge(scales, rank_scales, "cpu")
 
 
 # --- prompts
@@ -302,3 +324,13 @@ def change_pipeline(change: Callable[[Any], None]) -> None:
 def import_sdk() -> None:
     """Imports runpod as the worker does."""
     handler.import_sdk()
+
+
+# --- pipeline
+
+COMPILED_BLOCKS = handler.COMPILED_BLOCKS
+
+
+def load_engine() -> handler.Engine:
+    """What a start makes of the environment: the pipeline and all that belongs to it."""
+    return handler.Engine.load(handler.Settings.from_environ())
