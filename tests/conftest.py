@@ -57,3 +57,13 @@ def pipe(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F821
     for name, value in world.environ("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
     return seams.engine().pipe
+
+
+@pytest.fixture
+def reload(pipe: Any) -> Iterator[None]:
+    """The next job loads a pipeline of its own; the session's comes back afterwards."""
+    import seams
+
+    engine = seams.serve(None)
+    yield
+    seams.serve(engine)

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--image", action="store_true")
     options = parser.parse_args()
 
-    import torch
+    import seams
     from world import build_world
 
     import handler
@@ -48,15 +48,14 @@ def main() -> int:
         for file in files:
             forget(file)
     if options.float16:
-        build = handler.build_pipeline
-        handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
+        seams.load_in_float16()
     os.environ |= world.environ()
-    handler.configure_logging()
-    logging.getLogger().setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("worker").setLevel(logging.INFO)
     started = time.monotonic()
-    pipe, _ = handler.WORKER.ready()  # load_pipeline(), once
+    engine = seams.engine()  # load_pipeline(), and ready for the job
     print(f"load_pipeline: {since(started)}, {memory()}")
-    failed = pipe.lora_stack.failed
+    failed = engine.stack.failed
     print(f"LoRAs: {len(world.loras) - len(failed)} of {len(world.loras)} in the weights {failed or ''}")
     if options.image:
         job = {"prompt": "a cat", "width": 256, "height": 256, "steps": 2, "seed": 1}

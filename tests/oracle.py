@@ -94,6 +94,12 @@ def parse(prompt: str) -> list[tuple[str, float] | None]:
     return join(chars)
 
 
+def largest_weight(prompt: str) -> float:
+    """The largest of a prompt's factors and of their products, without sign: a limit holds for all."""
+    factors = [abs(weight_at(prompt, at)[0]) for at, c in enumerate(prompt) if c == ":" and weight_at(prompt, at)]
+    return max([0.0, *factors, *(abs(part[1]) for part in parse(prompt) if part)])
+
+
 def join(chars: list[Char]) -> list[tuple[str, float] | None]:
     """Neighbours of one weight make up a text."""
     parts: list[tuple[str, float] | None] = []
@@ -181,8 +187,11 @@ def add(filled: list[list[Field]], field: Field) -> None:
 # tensors
 
 
-def encode_chunk(pipe: Any, chunk: list[Field], clip_skip: int) -> tuple[list[torch.Tensor], Any, list[int]]:
-    """Hidden states of both encoders, each (77, D), weighted token by token; pooled (1, P); real tokens of each."""
+def encode_chunk(
+    pipe: Any, chunk: list[Field], clip_skip: int, emphasis: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Hidden states of both encoders (77, 2048), weighted token by token; pooled (1, 1280); tokens, of the encoder that
+    has more."""
     states, counts, pooled = [], [], None
     for k, tokenizer in enumerate((pipe.tokenizer, pipe.tokenizer_2)):
         tokens = [token for field in chunk for token in field.tokens[k]][:TOKENS]
@@ -191,43 +200,70 @@ def encode_chunk(pipe: Any, chunk: list[Field], clip_skip: int) -> tuple[list[to
         encoder = (pipe.text_encoder, pipe.text_encoder_2)[k]
         with torch.no_grad():
             output = encoder(torch.tensor([ids]), output_hidden_states=True)
-        hidden = output.hidden_states[len(output.hidden_states) - clip_skip][0].clone()
+        plain = output.hidden_states[len(output.hidden_states) - clip_skip][0]
+        weighted = plain.clone()
         for position, (_, weight) in enumerate(tokens, start=1):
-            hidden[position] *= weight
-        states.append(hidden)
+            weighted[position] *= weight
+        if emphasis == "original":  # z·w·mean(z)/mean(z·w)
+            weighted = weighted * (plain.double().mean() / weighted.double().mean()).float()
+        states.append(weighted)
         counts.append(len(tokens))
         pooled = output.text_embeds if k else None
-    return states, pooled, counts
+    return torch.cat(states, dim=-1), pooled, max(counts)
 
 
-def blend(states: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
-    """(77, D), one position after the other."""
-    rows = [states[0][0]]
-    for position in range(1, 77):
-        holding = [s for s, count in zip(states, counts, strict=True) if position <= count] or states
-        rows.append(sum(s[position] for s in holding) / len(holding))
-    return torch.stack(rows)
+def merge(states: torch.Tensor, most: int) -> tuple[torch.Tensor, list[int]]:
+    """(N, D) -> (most, D) means of like states, and how many each stands for, round by round in float64: of the pairs
+    that are each other's most alike, the most alike quarter (one at least, no more than needed) become one."""
+    groups = [[row] for row in range(len(states))]
+    exact = states.double()
+    while len(groups) > most:
+        means = torch.stack([exact[group].mean(dim=0) for group in groups])
+        directions = means / means.norm(dim=1, keepdim=True)
+        alike = directions @ directions.T
+        alike.fill_diagonal_(-math.inf)
+        nearest = alike.argmax(dim=1).tolist()
+        pairs = [(a, b) for a, b in enumerate(nearest) if a < b and nearest[b] == a]
+        pairs.sort(key=lambda pair: -alike[pair])
+        for a, b in pairs[: min(max(len(pairs) // 4, 1), len(groups) - most)]:
+            groups[a], groups[b] = groups[a] + groups[b], []
+        groups = [group for group in groups if group]
+    return torch.stack([exact[group].mean(dim=0) for group in groups]).to(states.dtype), [len(g) for g in groups]
 
 
-def side(pipe: Any, prompt: str, mode: str, clip_skip: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """One prompt's (1, 77·n, 2048), (1, 1280) and number of chunks."""
-    cut = chunks(pipe, prompt)
-    encoded = [encode_chunk(pipe, chunk, clip_skip) for chunk in cut]
+def blend(chunks: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+    """(77, D) of chunks (77, D): the first BOS, the merged real states, padding."""
+    if len(chunks) == 1:
+        return chunks[0]
+    real = torch.cat([chunk[1 : count + 2] for chunk, count in zip(chunks, counts, strict=True)])
+    padding = torch.cat([chunk[count + 2 :] for chunk, count in zip(chunks, counts, strict=True)])
+    return torch.cat([chunks[0][:1], merge(real, 76)[0], padding])[:77]
+
+
+def side(pipe: Any, prompt: str, mode: str, *options: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """One prompt's (1, 77·n, 2048), (1, 1280) and number of chunks. options: clip_skip, emphasis."""
+    hidden, pooled, counts = zip(*(encode_chunk(pipe, chunk, *options) for chunk in chunks(pipe, prompt)), strict=True)
     if mode == "concat":
-        return torch.cat([torch.cat(states, dim=-1) for states, _, _ in encoded])[None], encoded[0][1], len(cut)
-    halves = [blend([e[0][k] for e in encoded], [e[2][k] for e in encoded]) for k in (0, 1)]
-    return torch.cat(halves, dim=-1)[None], sum(pooled for _, pooled, _ in encoded) / len(cut), len(cut)
+        return torch.cat(hidden)[None], pooled[0], len(hidden)
+    return blend(list(hidden), list(counts))[None], sum(pooled) / len(pooled), len(hidden)
 
 
-def conditioning(pipe: Any, prompt: str, negative: str, mode: str, clip_skip: int) -> tuple[torch.Tensor, ...]:
+def conditioning(
+    pipe: Any, prompt: str, negative: str, mode: str, clip_skip: int, emphasis: str
+) -> tuple[torch.Tensor, ...]:
     """prompt_embeds, negative_prompt_embeds and both pooled ones, in the order of diffusers' encode_prompt."""
-    embeds, pooled, _ = side(pipe, prompt, mode, clip_skip)
+    embeds, pooled, n = side(pipe, prompt, mode, clip_skip, emphasis)
     if not negative.strip():
         return embeds, torch.zeros_like(embeds), pooled, torch.zeros_like(pooled)
-    negative_embeds, negative_pooled, _ = side(pipe, negative, mode, clip_skip)
-    empty = side(pipe, "", mode, clip_skip)[0]
-    longest = max(embeds.shape[1], negative_embeds.shape[1])
-    filled = [torch.cat([e] + [empty] * ((longest - e.shape[1]) // 77), dim=1) for e in (embeds, negative_embeds)]
+    negative_embeds, negative_pooled, m = side(pipe, negative, mode, clip_skip, emphasis)
+    if mode != "concat" or n == m:
+        return embeds, negative_embeds, pooled, negative_pooled
+    length = next(length for length in range(1, n * m + 1) if length % n == length % m == 0)
+    if length <= 4 * max(n, m):
+        filled = [torch.cat([e] * (77 * length // e.shape[1]), dim=1) for e in (embeds, negative_embeds)]
+    else:
+        empty, length = side(pipe, "", mode, clip_skip, emphasis)[0], max(n, m)
+        filled = [torch.cat([e] + [empty] * (length - e.shape[1] // 77), dim=1) for e in (embeds, negative_embeds)]
     return *filled, pooled, negative_pooled
 
 

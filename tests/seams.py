@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,8 @@ import pytest
 import torch
 
 import handler
+
+TESTS = Path(__file__).resolve().parent
 
 
 def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
@@ -39,6 +43,61 @@ def set_volume(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Another folder in /runpod-volume's place, which tests cannot make; looked for again now and after the test."""
     set(monkeypatch, VOLUME=folder)
     monkeypatch.setattr(handler, "default_cache_dir", handler.default_cache_dir.__wrapped__)
+
+
+# --- store
+
+Settings, fetch_models, recorded_sha256 = handler.Settings, handler.fetch_models, handler.recorded_sha256
+log, in_background = handler.log, handler.in_background
+machine, pick_sha256, origin = handler.machine, handler.pick_sha256, handler.origin
+QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 1.5, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
+QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0}
+
+
+def tune(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
+    """Sets constants of the store for one test."""
+    for name, value in constants.items():
+        monkeypatch.setattr(handler, name, value)
+
+
+def constant(name: str) -> float:
+    """A constant of the store."""
+    return getattr(handler, name)
+
+
+def model_address(config: dict, folder: Path) -> tuple[str, str]:
+    """The address that is asked for a config's file, and its version id at Civitai, "" for one from elsewhere."""
+    download = handler.Download(handler.Store(handler.Settings.from_environ()), config, folder)
+    return download.url, download.version
+
+
+def record_of(path: Path) -> Path:
+    """Where the store notes what it knows of a file."""
+    return handler.record_file(path)
+
+
+def write_record(path: Path, sha256: str | None) -> None:
+    """Notes a file's stamp and hash, as after a download."""
+    handler.write_record(path, path.stat(), sha256)
+
+
+def sweep() -> None:
+    """What every start does with leftovers of downloads."""
+    handler.Store(handler.Settings.from_environ()).sweep()
+
+
+def dead_owner() -> str:
+    """The owner of leftovers whose process has ended on this machine."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return f"{handler.machine()}-{child}-{secrets.token_hex(4)}"
+
+
+def read_ahead() -> handler.ReadAhead:
+    """.add(path) brings a file into the page cache; .readers and .todo are what is at work and waiting."""
+    return handler.ReadAhead()
 
 
 # --- the engine
@@ -90,6 +149,28 @@ split_lora_tags = handler.split_lora_tags  # as above
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
     """How a job cuts a prompt, in pieces with their tokens: for its speed, and for the tokens of long words."""
     return handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, long_prompt)
+
+
+# --- images
+
+NamedModel = handler.NamedModel  # the recipe of models that are not in the table
+write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
+encode_images = handler.encode_images  # files of any pixels
+deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
+checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
+LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
+
+
+def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
+    """Chunks as a job encodes them, before they are joined: states (n, 77, D), token counts, pooled vectors (n, P)."""
+    import torch
+
+    read = handler.Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
+    with torch.inference_mode():
+        chunks = [handler.chunk_prompt(read, text, "truncate")[0] for text in texts]
+        states = handler.encode_chunks(pipe, chunks, clip_skip=2)
+    counts = [state.count for state in states]
+    return torch.cat([state.hidden for state in states]), counts, torch.cat([state.pooled for state in states])
 
 
 # --- sampling
@@ -193,14 +274,36 @@ def field_names() -> list[str]:
 
 def posted(run: Any, job: dict[str, Any]) -> tuple[bytes, bool]:
     """The body that the queue's loop posts for what `run` makes of a job, and whether the worker then ends."""
-    return handler.JobLoop(run, Future()).run_to_body(job, handler.Observer())
+    return handler.run_to_body(run, job, handler.Observer())
 
 
-# --- images
+# --- queue
 
-NamedModel = handler.NamedModel  # the recipe of models that are not in the table
-write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
-encode_images = handler.encode_images  # files of any pixels
-deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
-checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
-LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
+
+def serve_with(run: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
+    """The worker of RunPod's queue with another job function and no models: what is measured is the queue alone."""
+    handler.configure_logging()
+    handler.run_job, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
+    handler.serve_queue()
+
+
+def change_pipeline(change: Callable[[Any], None]) -> None:
+    """Has every pipeline changed once it is built: a worker's process cannot be reached in any other way."""
+    build = handler.build_pipeline
+
+    def build_changed(*arguments: Any) -> Any:
+        pipe = build(*arguments)
+        change(pipe)
+        return pipe
+
+    handler.build_pipeline = build_changed
+
+
+def import_sdk() -> None:
+    """Imports runpod as the worker does."""
+    handler.import_sdk()
+
+
+def scheduler_names() -> list[str]:
+    """All samplers that a job may ask for."""
+    return list(dict.fromkeys([*handler.SAMPLERS, *handler.DIFFUSERS_SAMPLERS]))

@@ -5,8 +5,10 @@ import re
 import time
 import unicodedata
 from itertools import chain
+from sys import maxunicode
 
 import pytest
+import seams
 import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ import handler
 ANY = settings(
     max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+SPACE = "".join(c for c in map(chr, range(maxunicode)) if c in "\t\n\r" or unicodedata.category(c)[0] == "Z")
 SCRIPTS = [
     *("a photo of", "1girl,solo,long_hair", "don't they'll we've I'D", "don’t", "Ünïcödé", "tiếng Việt", "naïve café,"),
     *("日本語の、テキスト。", "漢字", "한국어", "ภาษาไทย", "العربية", "עברית", "हिन्दी", "ΑΣ ὈΔΥΣΣΕΎΣ", "İstanbul"),
@@ -89,14 +92,14 @@ def assert_promise(tokenizer, prompt, max_tokens):
     ids = [own_ids(tokenizer, chunk) for chunk in chunks]
     longest_character = max((len(own_ids(tokenizer, c)) for c in prompt), default=0)
     assert all(0 < len(chunk) <= max(max_tokens, longest_character) for chunk in ids), [len(chunk) for chunk in ids]
-    if all(keeps_ids(tokenizer, field, max_tokens) for field in re.split(f"[{handler.SPACE}]", prompt)):
+    if all(keeps_ids(tokenizer, field, max_tokens) for field in re.split(f"[{SPACE}]", prompt)):
         assert list(chain(*ids)) == own_ids(tokenizer, prompt)
     assert squeeze("".join(chunks)) == squeeze(prompt) or not own_ids(tokenizer, prompt)
 
 
 def squeeze(text):
     """Without the white space that chunks lose at their ends."""
-    return re.sub(f"[{handler.SPACE}]", "", text)
+    return re.sub(f"[{SPACE}]", "", text)
 
 
 texts = st.one_of(
@@ -185,9 +188,8 @@ def test_max_tokens_is_checked(tokenizer):
 @example("a" * 300)
 def test_merges_as_the_slow_tokenizer(tokenizer, word):
     """The byte-pair encoding in n log n gives the slow tokenizer's own tokens."""
-    symbols = "".join(tokenizer.byte_encoder[byte] for byte in word.encode())
-    fast = handler.merge_symbols(tokenizer.bpe_ranks, [*symbols[:-1], symbols[-1] + "</w>"])
-    assert " ".join(fast) == tokenizer.bpe(symbols)
+    ((piece,),) = seams.job_chunks([tokenizer], word, "truncate")
+    assert piece.tokens[0] == tokenizer.tokenize(word)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_ten_thousand_characters_in_a_second(tokenizers, prompt):
     started = time.process_time()
     handler.tokenize_chunks(tokenizers[0], prompt)
     between = time.process_time()
-    handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, "blend")
+    seams.job_chunks(tokenizers, prompt, "blend")
     assert between - started < 1 and time.process_time() - between < 1
 
 
@@ -220,10 +222,3 @@ def test_ignored_characters_at_the_end_stay(pipe):
     """What CLIP ignores stays in the last chunk's text: the pieces of a long word, joined, are the word."""
     word = "\u2d5b\u03c7" * 3 + "\U000ba908"
     assert "".join(handler.tokenize_chunks(pipe.tokenizer, word, 1)) == word
-
-
-def test_truncate_reads_on_behind_break(pipe):
-    """In "truncate" a BREAK cuts nothing off: the window alone does."""
-    read = handler.Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
-    chunks = handler.chunk_prompt(read, "a cat BREAK a dog", "truncate")
-    assert [piece.text for piece in chunks[0]] == ["a cat ", " a dog"] and len(chunks) == 1

@@ -21,12 +21,13 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import seams  # noqa: E402
 from world import API_KEY, World, build_world  # noqa: E402
 
 import handler  # noqa: E402
 
 BASE = {"prompt": "a cat", "width": 256, "height": 256, "steps": 1}
-FIELDS = [*handler.FIELDS, *(also for field in handler.FIELDS.values() for also in field.also), "Promt", "", "\ud800"]
+FIELDS = [*seams.field_names(), "Promt", "", "\ud800"]
 CHEAP = {"width": 320, "height": 320, "steps": 2, "num_inference_steps": 2, "num_images": 2, "batch_size": 2}
 NUMBERS = (
     *(0, 1, -1, 2, 12, 30, 75, 256, 257, 2048, 2056, 2**31, 2**32 - 1, 2**32, 2**63, 10**40, -(10**5000), 10**308),
@@ -34,7 +35,22 @@ NUMBERS = (
 )
 TEXTS = (
     *("", " ", "a cat", "1024", "true", "null", "\0", "\ud800", "\udfff\ud800", "é" * 77, "猫" * 30, "🦦" * 40),
-    *("((((", "))))", "(a:9e999)", "(a:nan)", "[", "\\(", "BREAK", "BREAK BREAK", "<lora:x:1>", "<lora:", "a" * 300),
+    *(
+        "((((",
+        "))))",
+        "(a:9e999)",
+        "(a:nan)",
+        "(" * 99,
+        "((a:99):99)",
+        f"(a:{9**999})",
+        "[",
+        "\\(",
+        "BREAK",
+        "BREAK BREAK",
+        "<lora:x:1>",
+        "<lora:",
+        "a" * 300,
+    ),
     *("<lora:detail_tweaker_xl:1e9>", "<|endoftext|>", "word, " * 400, "\u202ertl\u202c", "../../etc/passwd", "%s%n"),
     *("x" * 10_001, "DPM++ 2M Karras", "euler a", "blend", "concat", "truncate", "PNG", "jpeg", "webp"),
 )
@@ -109,13 +125,13 @@ def fuzz(jobs: int, world: World, seed: int = 0) -> Counter[str]:
 
 def validation_ms(jobs: int, seed: int = 1) -> float:
     """The median time that it takes to check a job."""
-    dice, settings, times = random.Random(seed), handler.Settings.from_environ(), []
+    dice, settings, times = random.Random(seed), seams.settings(), []
     for _ in range(jobs):
         job = any_job(dice)
         raw = job.get("input") if isinstance(job, dict) else None
         started = time.perf_counter()
-        with contextlib.suppress(handler.InvalidInput):
-            handler.parse_request(raw, settings)
+        with contextlib.suppress(seams.refused()):
+            seams.parse(raw, settings)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import handler
+import seams
 
 RUNPOD = Path(__file__).parent.parent / ".runpod"
 
@@ -85,14 +84,14 @@ def inputs(hub) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def settings_of(monkeypatch) -> Callable[[dict[str, str]], handler.Settings]:
+def settings_of(monkeypatch) -> Callable[[dict[str, str]], Any]:
     """The settings of a worker that is started with these variables and no others."""
 
-    def read(variables: dict[str, str]) -> handler.Settings:
+    def read(variables: dict[str, str]) -> Any:
         with monkeypatch.context() as environment:
             for name, value in variables.items():
                 environment.setenv(name, value)
-            return handler.Settings.from_environ()
+            return seams.settings()
 
     return read
 
@@ -184,4 +183,4 @@ def test_jobs_of_the_listing_are_jobs_of_the_worker(settings_of):
     assert variables["CIVITAI_API_KEY"] == "{{ RUNPOD_SECRET_CIVITAI_API_KEY }}"
     settings = settings_of({**variables, "CIVITAI_API_KEY": "0123456789abcdef"})
     for case in tests["tests"]:
-        assert handler.parse_request(case["input"], settings).prompt == case["input"]["prompt"]
+        assert seams.parse(case["input"], settings).prompt == case["input"]["prompt"]

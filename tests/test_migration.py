@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import seams
 
 import handler
 
@@ -28,13 +29,15 @@ NOT_HERE = ["refiner_inference_steps", "strength", "high_noise_frac", "image_url
 OFFICIAL_SCHEDULERS = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"]
 
 
-def parse(job: dict[str, Any]) -> handler.JobRequest:
-    return handler.parse_request(job, handler.Settings.from_environ())
+def refusal(job: dict[str, Any]) -> str:
+    answer = handler.handler({"input": job})
+    assert answer["code"] == "INVALID_INPUT"
+    return answer["error"]
 
 
 def test_official_job_without_the_refiner_runs_unchanged():
     """The official worker's example is accepted once the refiner's and img2img's fields are gone."""
-    request = parse({name: value for name, value in OFFICIAL.items() if name not in NOT_HERE})
+    request = seams.parse({name: value for name, value in OFFICIAL.items() if name not in NOT_HERE})
     assert (request.steps, request.guidance_scale, request.seeds) == (25, 7.5, [42])
     assert request.scheduler == "K_EULER"
 
@@ -42,32 +45,30 @@ def test_official_job_without_the_refiner_runs_unchanged():
 @pytest.mark.parametrize("name", NOT_HERE)
 def test_official_fields_without_a_counterpart_are_refused_by_name(name):
     """What this worker cannot do is refused, never dropped silently."""
-    with pytest.raises(handler.InvalidInput, match=name):
-        parse({"prompt": OFFICIAL["prompt"], name: OFFICIAL[name]})
+    assert name in refusal({"prompt": OFFICIAL["prompt"], name: OFFICIAL[name]})
 
 
 @pytest.mark.parametrize("name", OFFICIAL_SCHEDULERS)
 def test_official_schedulers_are_known(name):
     """The official worker's scheduler names are accepted as they are."""
-    assert parse({"prompt": "a", "scheduler": name}).scheduler == name
+    assert seams.parse({"prompt": "a", "scheduler": name}).scheduler == name
 
 
 def test_klms_is_refused_with_a_way_out():
     """KLMS needs SciPy: the refusal says so and names K_EULER."""
-    with pytest.raises(handler.InvalidInput, match=r"SciPy.*K_EULER"):
-        parse({"prompt": "a", "scheduler": "KLMS"})
+    error = refusal({"prompt": "a", "scheduler": "KLMS"})
+    assert "SciPy" in error and "K_EULER" in error
 
 
 def test_null_negative_prompt_is_refused_with_the_rule():
     """The official worker's null is not text here; the sentence says what is wanted."""
-    with pytest.raises(handler.InvalidInput, match="negative_prompt must be text, got null"):
-        parse({"prompt": "a", "negative_prompt": None})
+    assert "negative_prompt must be text, got null" in refusal({"prompt": "a", "negative_prompt": None})
 
 
 def test_a1111_names_are_accepted():
     """cfg_scale, sampler_name, batch_size and seed -1 mean here what they mean in txt2img."""
     job = {"prompt": "a (cat:1.2)", "cfg_scale": 7, "sampler_name": "DPM++ 2M Karras", "batch_size": 2, "seed": -1}
-    request = parse({**job, "width": 832, "height": 1216, "steps": 30})
+    request = seams.parse({**job, "width": 832, "height": 1216, "steps": 30})
     assert (request.guidance_scale, request.scheduler, request.num_images) == (7.0, "DPM++ 2M Karras", 2)
     assert request.seeds[1] == (request.seeds[0] + 1) % 2**32
 
@@ -75,11 +76,10 @@ def test_a1111_names_are_accepted():
 @pytest.mark.parametrize("field", [{"n_iter": 2}, {"enable_hr": True}, {"override_settings": {}}, {"styles": []}])
 def test_a1111_fields_without_a_counterpart_are_refused_by_name(field):
     """txt2img's fields that this worker has not are refused, never dropped silently."""
-    with pytest.raises(handler.InvalidInput, match=next(iter(field))):
-        parse({"prompt": "a", **field})
+    assert next(iter(field)) in refusal({"prompt": "a", **field})
 
 
 def test_a1111_pair_of_sampler_and_schedule_is_refused():
     """A1111's two fields are one here: both together are refused with both names."""
-    with pytest.raises(handler.InvalidInput, match="scheduler and sampler_name are the same field"):
-        parse({"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Karras"})
+    error = refusal({"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Karras"})
+    assert "scheduler and sampler_name are the same field" in error

@@ -4,13 +4,14 @@ import base64
 import copy
 import io
 import logging
-import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
+import seams
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -21,14 +22,15 @@ import handler
 ANY = settings(
     max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-JOB = {"long_prompt": "blend", "clip_skip": 2, "stack": (), "guidance": True}
+MODES = ("blend", "concat", "truncate")
 WORD = ["red", "brick", "house", "by", "the", "sea", "with", "white", "clouds"]
 LONG = " ".join(random.Random(0).choices(WORD, k=200)) + " "  # as many tokens
 
 
-def encode(encoder, prompt, negative="", **options):
+def encode(encoder, prompt, negative="", stack=(), **fields):
+    request = replace(seams.parse({"prompt": "-", **fields}), prompt=prompt, negative_prompt=negative)
     with torch.inference_mode():
-        return encoder.encode(prompt, negative, **{**JOB, **options})
+        return encoder.encode(request, stack)
 
 
 def tensors(conditioning):
@@ -47,7 +49,7 @@ def assert_close(found, expected):
 @pytest.fixture
 def encoder(pipe):
     """One that has seen nothing yet."""
-    return handler.PromptEncoder(pipe)
+    return seams.PromptEncoder(pipe)
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def refuse(pipe):
 )
 def test_documented_cases(prompt, expected):
     """A1111's own examples, and what its documentation says of brackets and escapes."""
-    assert handler.parse_prompt(prompt) == [expected]
+    assert seams.parse_prompt(prompt) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_documented_cases(prompt, expected):
 )
 def test_break_is_the_upper_case_word_alone(prompt, stretches):
     """BREAK splits a prompt, within brackets too; longer or lower-case words do not."""
-    assert ["".join(text for text, _ in stretch) for stretch in handler.parse_prompt(prompt)] == stretches
+    assert ["".join(text for text, _ in stretch) for stretch in seams.parse_prompt(prompt)] == stretches
 
 
 def without_breaks(stretches):
@@ -153,6 +155,7 @@ def without_breaks(stretches):
                     ":1.3)",
                     ": .5 )",
                     ":-1)",
+                    ":40)",
                     ":1.2.3)",
                     " BREAK ",
                     "BREAKs",
@@ -167,9 +170,14 @@ def without_breaks(stretches):
 )
 @example("foo(\\:1.3)bar")
 def test_parser_against_the_oracle(prompt):
-    """Any text parses, to what the oracle reads character by character."""
+    """Any text parses, to what the oracle reads character by character, or holds a weight beyond 100."""
     expected = [part for part in oracle.parse(prompt) if part is None or part[0]]
-    assert without_breaks(handler.parse_prompt(prompt)) == expected
+    try:
+        found = seams.parse_prompt(prompt)
+    except seams.refused():
+        assert oracle.largest_weight(prompt) > 100
+    else:
+        assert without_breaks(found) == expected and all(abs(part[1]) <= 100 for part in expected if part)
 
 
 @pytest.mark.parametrize(
@@ -185,15 +193,13 @@ def test_parser_against_the_oracle(prompt):
 )
 def test_lora_tags(prompt, text, tags):
     """LoRA tags leave the text, with their name and first scale."""
-    assert handler.split_lora_tags(prompt) == (text, tags)
+    assert seams.split_lora_tags(prompt) == (text, tags)
 
 
-def test_lora_tag_with_a_scale_that_is_no_number(pipe):
+def test_lora_tag_with_a_scale_that_is_no_number():
     """Such a scale is refused, with the tag and the rule."""
-    assert math.isnan(handler.split_lora_tags("<lora:a:strong>")[1][0][1])
-    name = next(iter(pipe.lora_stack.applied))
-    answer = handler.handler({"input": {"prompt": f"a <lora:{name}:strong>"}})
-    assert answer["code"] == "INVALID_INPUT" and name in answer["error"]
+    answer = handler.handler({"input": {"prompt": "a <lora:real_skin_slider:strong>"}})
+    assert answer["code"] == "INVALID_INPUT" and "<lora:real_skin_slider> must be from -10 to 10" in answer["error"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,17 +243,18 @@ def random_prompt(rng, most):
 @pytest.mark.parametrize("mode", ["blend", "concat"])
 @pytest.mark.parametrize("seed", range(75))
 def test_tensors_against_the_oracle(pipe, encoder, mode, seed):
-    """Random prompts with weights and BREAKs, in one to many chunks: all four tensors are the oracle's."""
+    """Random prompts with weights and BREAKs, in one to many chunks, both ways of emphasis: all four tensors are the
+    oracle's, so both encoders' states are merged alike, and pooled ones are averaged."""
     rng = random.Random(seed)
     prompt, negative = random_prompt(rng, 60), rng.choice(["", random_prompt(rng, 40)])
-    clip_skip = rng.choice([2, 2, 1, 3, 12])
-    found = encode(encoder, prompt, negative, long_prompt=mode, clip_skip=clip_skip)
-    assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip))
+    clip_skip, emphasis = rng.choice([2, 2, 1, 3, 12]), rng.choice(["no norm", "original"])
+    found = encode(encoder, prompt, negative, long_prompt=mode, clip_skip=clip_skip, emphasis=emphasis)
+    assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip, emphasis))
     assert found.prompt_chunks == len(oracle.chunks(pipe, prompt)) and not found.warnings
     assert found.negative_prompt_chunks == (len(oracle.chunks(pipe, negative)) if negative else 0)
 
 
-@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -277,7 +284,7 @@ def test_short_plain_prompts_are_diffusers_own(pipe, encoder, prompt, mode):
 def test_any_short_plain_prompt_is_diffusers_own(pipe, prompt):
     """Any Unicode text without brackets, of at most 75 tokens for both tokenizers, gives encode_prompt's tensors."""
     assume(all(len(tokenizer.tokenize(prompt)) <= 75 for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)))
-    found = encode(handler.PromptEncoder(pipe), prompt)
+    found = encode(seams.PromptEncoder(pipe), prompt)
     assert_close(tensors(found)[::2], pipe.encode_prompt(prompt)[::2])
 
 
@@ -289,7 +296,7 @@ def test_clip_skip(pipe, encoder, clip_skip):
         assert_close([embeds], pipe.encode_prompt(prompt, clip_skip=clip_skip - 2)[:1])
 
 
-@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_half_precision(pipe, encoder, mode):
     """With encoders in float16 all tensors are float16, and near those of float32."""
     half = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("text_encoder", "text_encoder_2")}
@@ -297,7 +304,7 @@ def test_half_precision(pipe, encoder, mode):
         tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer_2, _execution_device=torch.device("cpu"), **half
     )
     prompts = (LONG + "(cat:1.3)", "[fog:0.7]")
-    found = tensors(encode(handler.PromptEncoder(half_pipe), *prompts, long_prompt=mode))
+    found = tensors(encode(seams.PromptEncoder(half_pipe), *prompts, long_prompt=mode))
     expected = tensors(encode(encoder, *prompts, long_prompt=mode))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float16 and oracle.relative(a.float(), b) < 0.02
@@ -319,8 +326,39 @@ def test_emphasis_in_truncate_mode(pipe, encoder):
     assert_close([found], [plain])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_original_emphasis_restores_each_mean(pipe, encoder, mode):
+    """A1111's: of each encoder's states the mean over the 77 positions is as without weights; pooled has none."""
+    width = pipe.text_encoder.config.hidden_size
+    plain = encode(encoder, "a red cat by the sea", long_prompt=mode)
+    no_norm, original = (
+        encode(encoder, "a (red:1.8) cat [by the] sea", long_prompt=mode, emphasis=emphasis)
+        for emphasis in ("no norm", "original")
+    )
+    assert oracle.relative(no_norm.prompt_embeds, original.prompt_embeds) > 1e-3
+    for part in (slice(width), slice(width, None)):
+        means = [found.prompt_embeds[..., part].mean().item() for found in (plain, original)]
+        assert means[1] == pytest.approx(means[0], rel=1e-3, abs=1e-6)
+    for found in (no_norm, original):
+        assert_close([found.pooled_prompt_embeds], [plain.pooled_prompt_embeds])
+
+
+def test_emphasis_changes_the_image(pipe):
+    """A job with a weight is drawn otherwise with emphasis "original", one without weights is not; the answer says
+    which it was."""
+    job = {"width": 256, "height": 256, "steps": 1, "seed": 3}
+
+    def answer(prompt, emphasis):
+        reply = handler.handler({"input": {**job, "prompt": prompt, "emphasis": emphasis}})
+        assert reply["metadata"]["emphasis"] == emphasis
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["images"][0]))), dtype=int)
+
+    assert np.abs(answer("a (cat:1.8)", "no norm") - answer("a (cat:1.8)", "original")).max() > 2
+    assert np.abs(answer("a cat", "no norm") - answer("a cat", "original")).max() <= 2
+
+
 @pytest.mark.parametrize("negative", ["", " \n", "<lora:a:1>", " <lora:a> "])
-@pytest.mark.parametrize("mode", handler.LONG_PROMPT_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_empty_negative_prompt_is_zeros(encoder, negative, mode):
     """Zeros of the prompt's length, embeddings and pooled, as SDXL was trained."""
     found = encode(encoder, LONG, negative, long_prompt=mode)
@@ -329,17 +367,58 @@ def test_empty_negative_prompt_is_zeros(encoder, negative, mode):
     assert found.negative_prompt_chunks == 0
 
 
+def breaks(*words):
+    """A chunk for each word."""
+    return " BREAK ".join(words)
+
+
 def test_concat(pipe, encoder):
-    """n windows side by side; pooled of the first chunk; the shorter prompt filled up with encoded empty chunks."""
+    """n windows side by side; pooled of the first chunk; a prompt of one chunk repeated to the other's length."""
     found = encode(encoder, LONG, "fog", long_prompt="concat")
     assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape == (1, 77 * 3, 96)
     assert (found.prompt_chunks, found.negative_prompt_chunks) == (3, 1)
     first = handler.tokenize_chunks(pipe.tokenizer, LONG)[0]
-    empty = pipe.encode_prompt("")[0]
     assert_close([found.pooled_prompt_embeds], [pipe.encode_prompt(first)[2]])
-    assert_close([found.negative_prompt_embeds], [torch.cat([pipe.encode_prompt("fog")[0], empty, empty], dim=1)])
+    assert_close([found.negative_prompt_embeds], [torch.cat([pipe.encode_prompt("fog")[0]] * 3, dim=1)])
     turned = encode(encoder, "fog", LONG, long_prompt="concat")
     assert_close(tensors(turned)[:2], tensors(found)[1::-1])
+
+
+def test_concat_of_two_and_three_chunks(pipe, encoder):
+    """Both are repeated to six chunks, which the UNet's attention cannot tell from two and three."""
+    two, three = breaks("red", "sea"), breaks("fog", "rain", "snow")
+    found = encode(encoder, two, three, long_prompt="concat")
+    alone = [encode(encoder, prompt, long_prompt="concat").prompt_embeds for prompt in (two, three)]
+    expected = torch.cat([alone[0]] * 3, dim=1), torch.cat([alone[1]] * 2, dim=1)
+    assert found.prompt_embeds.shape[1] == 6 * 77
+    assert_close(tensors(found)[:2], expected)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for short, repeated, pooled in zip(alone, tensors(found)[:2], tensors(found)[2:], strict=True):
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]])}
+        with torch.no_grad():
+            drawn = [
+                pipe.unet(latents, 500, states, added_cond_kwargs=added, return_dict=False)[0]
+                for states in (short.clone(), repeated.clone())
+            ]
+        assert oracle.relative(*drawn) < 1e-5
+
+
+@pytest.mark.parametrize(("shorter", "longer", "repeated"), [(5, 7, False), (4, 7, True), (5, 6, False), (6, 8, True)])
+def test_concat_of_many_chunks(pipe, encoder, shorter, longer, repeated):
+    """Where the common multiple is more than four times the longer, the shorter is filled up with empty chunks."""
+    prompts = [breaks(*"abcdefgh"[:n]) for n in (shorter, longer)]
+    found = encode(encoder, *prompts, long_prompt="concat")
+    assert (found.prompt_chunks, found.negative_prompt_chunks) == (shorter, longer)
+    lengths = {tensor.shape[1] // 77 for tensor in tensors(found)[:2]}
+    short = encode(encoder, prompts[0], long_prompt="concat").prompt_embeds
+    assert_close([found.prompt_embeds[:, : 77 * shorter]], [short])
+    rest = found.prompt_embeds[:, 77 * shorter :]
+    if repeated:
+        assert lengths == {28 if longer == 7 else 24}
+        assert_close([rest[:, : 77 * shorter]], [short])
+    else:
+        assert lengths == {longer}
+        assert_close([rest], [torch.cat([pipe.encode_prompt("")[0]] * (longer - shorter), dim=1)])
 
 
 @pytest.mark.parametrize(
@@ -371,10 +450,10 @@ def test_special_tokens_are_read_as_text(encoder, special):
 
 
 @settings(ANY, max_examples=30)
-@given(st.text(max_size=300), st.sampled_from(handler.LONG_PROMPT_MODES))
+@given(st.text(max_size=300), st.sampled_from(MODES))
 def test_any_text_is_encoded(pipe, prompt, mode):
     """Any Unicode text, short of lone surrogates, which jobs replace, gives finite tensors without a warning."""
-    found = encode(handler.PromptEncoder(pipe), prompt, prompt[::-1], long_prompt=mode)
+    found = encode(seams.PromptEncoder(pipe), prompt, prompt[::-1], long_prompt=mode)
     assert all(tensor.isfinite().all() for tensor in tensors(found)) and not found.warnings
 
 
@@ -405,50 +484,21 @@ def test_every_chunk_changes_the_image(pipe, mode, place):
 # blending
 
 
-def test_blend_by_token_counts():
-    """Two chunks of 2 and 1 tokens: their own BOS, means where both hold tokens or none does, else the one's own."""
-    a, b = torch.randn(2, 1, 77, 8).unbind()
-    blended = handler.build_77_token_tensor([a, b], [2, 1])
-    mean = (a + b) / 2
-    assert torch.equal(blended[:, 0], a[:, 0]) and torch.equal(blended[:, 2], a[:, 2])
-    assert_close([blended[:, 1], blended[:, 3:]], [mean[:, 1], mean[:, 3:]])
-
-
-def test_blend_without_counts():
-    """The mean over all chunks, behind the first chunk's BOS."""
-    chunks = torch.randn(5, 1, 77, 8)
-    blended = handler.build_77_token_tensor(list(chunks))
-    assert torch.equal(blended[:, 0], chunks[0, :, 0])
-    assert_close([blended[:, 1:]], [chunks.mean(dim=0)[:, 1:]])
-
-
-def test_one_chunk_comes_back_unchanged():
-    """With and without counts."""
-    chunk = torch.randn(1, 77, 8)
-    assert torch.equal(handler.build_77_token_tensor([chunk]), chunk)
-    assert torch.equal(handler.build_77_token_tensor([chunk], [3]), chunk)
-
-
-def test_blend_of_half_precision():
-    """float16 chunks are summed in float32, where 133 of them do not overflow, and come back as float16."""
-    blended = handler.build_77_token_tensor([torch.full((1, 77, 4), 1000.0, dtype=torch.float16)] * 133, [75] * 133)
-    assert blended.dtype == torch.float16 and (blended == 1000).all()
-
-
-@pytest.mark.parametrize(
-    ("chunks", "counts"),
-    [([], None), ([torch.ones(1, 77, 4)] * 2, [1]), ([torch.ones(1, 77, 4), torch.ones(1, 77, 5)], None)],
-)
-def test_blend_refuses_what_does_not_fit(chunks, counts):
-    """No chunks, another number of counts, or chunks of two shapes."""
-    with pytest.raises(ValueError, match="chunks"):
-        handler.build_77_token_tensor(chunks, counts)
+def test_a_jobs_chunks_are_blended_together(pipe, encoder):
+    """Both encoders' states at once, (1, 77, 2048), so that a merge is the same in both; pooled is the mean."""
+    found = encode(encoder, LONG)
+    chunks = handler.tokenize_chunks(pipe.tokenizer, LONG)
+    alone = [encode(encoder, chunk) for chunk in chunks]
+    counts = [len(pipe.tokenizer(chunk, add_special_tokens=False).input_ids) for chunk in chunks]
+    expected = handler.build_77_token_tensor([chunk.prompt_embeds for chunk in alone], counts)
+    pooled = torch.stack([chunk.pooled_prompt_embeds for chunk in alone]).mean(dim=0)
+    assert_close([found.prompt_embeds, found.pooled_prompt_embeds], [expected, pooled])
 
 
 @pytest.mark.parametrize("max_tokens", [75, 40])
 def test_long_prompt_to_embedding(pipe, max_tokens):
     """The blend of its text chunks, each as encode_prompt has it; syntax is text; pooled is the mean."""
-    prompt = "a (red:1.3) brick house by the sea BREAK " * 20
+    prompt = f"a (red:1.3) brick BREAK {LONG}[house]"
     embeds, pooled = handler.long_prompt_to_embedding(pipe, prompt, max_tokens)
     chunks = handler.tokenize_chunks(pipe.tokenizer, prompt, max_tokens)
     encoded = [pipe.encode_prompt(chunk) for chunk in chunks]
@@ -472,12 +522,12 @@ def test_short_prompts_need_no_blending(pipe, prompt):
 def test_one_batch_for_each_encoder(encoder, rows, mode):
     """All chunks of both prompts go through each encoder at once, equal ones once."""
     encode(encoder, LONG + "BREAK a BREAK a", "fog BREAK a", long_prompt=mode)
-    expected = 3 + 1 + 1 + (mode == "concat")  # LONG, a, fog, and the empty chunk that fills up
+    expected = 3 + 1 + 1  # LONG, a, fog
     assert rows == {"text_encoder": [expected], "text_encoder_2": [expected]}
 
 
 def test_prompts_seen_before_cost_nothing(encoder, rows):
-    """The last 32 jobs' prompts are encoded once for a stack and a clip_skip, each prompt for itself."""
+    """The last 32 jobs' prompts are encoded once for a stack and the fields that matter, each prompt for itself."""
     jobs = [(f"{i} {LONG}", f"fog {i}") for i in range(32)]
     first = [tensors(encode(encoder, *job)) for job in jobs]
     again = [tensors(encode(encoder, *job)) for job in jobs]
@@ -485,7 +535,9 @@ def test_prompts_seen_before_cost_nothing(encoder, rows):
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
     encode(encoder, jobs[0][1], jobs[5][0])
     assert len(rows["text_encoder"]) == 32  # the other way round
-    for other in ({"stack": (("film", 1.0),)}, {"clip_skip": 1}, {"long_prompt": "concat"}):
+    for other in (
+        *({"stack": (("film", 1.0),)}, {"clip_skip": 1}, {"long_prompt": "concat"}, {"emphasis": "original"}),
+    ):
         before = len(rows["text_encoder"])
         encode(encoder, *jobs[31], **other)
         assert len(rows["text_encoder"]) == before + 1, other
@@ -493,19 +545,18 @@ def test_prompts_seen_before_cost_nothing(encoder, rows):
     assert rows["text_encoder_2"][-1] == 1
 
 
-def test_memory_is_bounded(encoder, rows, monkeypatch):
-    """Of more prompts those not used for longest are forgotten."""
-    monkeypatch.setattr(handler, "SEEN_PROMPTS", 3)
-    for prompt in ("a", "b", "c", "a", "d", "a", "c", "d"):
-        encode(encoder, prompt)
-    assert len(rows["text_encoder"]) == 4 and len(encoder.seen) == 3
-    encode(encoder, "b")
-    assert len(rows["text_encoder"]) == 5
+def test_memory_is_bounded(encoder, rows):
+    """Of more than 64 prompts those not used for longest are forgotten."""
+    for prompt in [*range(64), 0, 64, 0, 63]:  # 1 is forgotten for 64
+        encode(encoder, str(prompt))
+    assert len(rows["text_encoder"]) == 65
+    encode(encoder, "1")
+    assert len(rows["text_encoder"]) == 66
 
 
 def test_without_guidance_the_negative_prompt_is_not_encoded(encoder, rows):
     """guidance_scale 1 needs the prompt alone."""
-    found = encode(encoder, "a cat", LONG, guidance=False)
+    found = encode(encoder, "a cat", LONG, guidance_scale=1)
     assert found.negative_prompt_embeds is None and found.negative_pooled_prompt_embeds is None
     assert rows["text_encoder"] == [1] and found.negative_prompt_chunks == 0
 
@@ -513,7 +564,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(encoder, rows):
 def test_nothing_is_logged(encoder, caplog, capfd):
     """Encoding prompts of any length brings no library's warning, and no prompt, into the log."""
     with caplog.at_level(logging.INFO):
-        for mode in handler.LONG_PROMPT_MODES:
+        for mode in MODES:
             encode(encoder, LONG * 3, "x" * 3_000, long_prompt=mode)
     assert not caplog.records and capfd.readouterr().err == ""
 
@@ -554,18 +605,19 @@ def test_batch_alone_fails(encoder, refuse):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"),
+    ("error", "code"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), handler.OutOfMemory),
-        (MemoryError(), handler.OutOfMemory),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), handler.GpuLost),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "OUT_OF_MEMORY"),
+        (MemoryError(), "OUT_OF_MEMORY"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "GENERATION_FAILED"),
     ],
 )
-def test_gpu_failures_are_the_jobs(encoder, refuse, error, raised):
+def test_gpu_failures_are_the_jobs(pipe, refuse, error, code):
     """Out of memory and CUDA errors are no matter of long prompts: they fail the job."""
     refuse(lambda ids: len(ids) > 3, error)
-    with pytest.raises(raised):
-        encode(encoder, LONG, LONG + "fog")  # each alone would fit
+    job = {"prompt": f"{LONG}{code}{error}", "negative_prompt": LONG + "fog"}  # each alone would fit
+    answer = handler.handler({"input": {**job, "width": 256, "height": 256, "steps": 1}})
+    assert answer["code"] == code and answer.get("refresh_worker", False) == (code == "GENERATION_FAILED")
 
 
 def test_failed_chunks_are_tried_again(encoder, rows, refuse):

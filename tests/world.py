@@ -565,7 +565,8 @@ class World:
         """Civitai version id -> file: what a CivitaiServer serves."""
         configs = [handler.CHECKPOINT_CONFIG, *handler.LORA_CONFIGS]
         paths = [self.checkpoint, *self.loras]
-        return {int(handler.version_id(config)): path for config, path in zip(configs, paths, strict=True)}
+        ids = [int(re.search(r"/models/(\d+)", config["url"])[1]) for config in configs]
+        return dict(zip(ids, paths, strict=True))
 
     def environ(self, base_url: str = "http://127.0.0.1:9", store: Path | None = None) -> dict[str, str]:
         """A worker's settings. Without a store of its own it finds every file in place; port 9 answers nobody."""

@@ -21,6 +21,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+import seams  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from diffusers import StableDiffusionXLPipeline  # noqa: E402
@@ -60,10 +61,10 @@ def measure(pipe: Any, chunks: int, repeats: int) -> tuple[float, float, float]:
     each pair of chunks, and in one batch once more when they were seen before."""
     words = ["house", "tree", "river", "cloud", "stone", "light", "gold", "rain", "night", "street"]
     prompt, negative = ([" ".join(random.choices(words, k=75)) for _ in range(chunks)] for _ in range(2))
-    job: dict[str, Any] = {"long_prompt": "blend", "clip_skip": 2, "stack": (), "guidance": True}
+    request = seams.parse({"prompt": " ".join(prompt), "negative_prompt": " ".join(negative)})
 
-    def one_batch(encoder: handler.PromptEncoder | None = None) -> None:
-        conditioning = (encoder or handler.PromptEncoder(pipe)).encode(" ".join(prompt), " ".join(negative), **job)
+    def one_batch(encoder: Any = None) -> None:
+        conditioning = (encoder or seams.PromptEncoder(pipe)).encode(request, ())
         assert (conditioning.prompt_chunks, conditioning.negative_prompt_chunks) == (chunks, chunks)
 
     def one_by_one() -> None:
@@ -71,7 +72,7 @@ def measure(pipe: Any, chunks: int, repeats: int) -> tuple[float, float, float]:
         for side in (0, 1):
             handler.build_77_token_tensor([e[side] for e in encoded], [75] * chunks)
 
-    seen = handler.PromptEncoder(pipe)
+    seen = seams.PromptEncoder(pipe)
     return tuple(median_ms(run, repeats) for run in (one_batch, one_by_one, lambda: one_batch(seen)))
 
 

@@ -27,9 +27,10 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import diffusers  # noqa: E402
+import seams  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from world import SCHEDULER, Lora, configs, write_configuration, write_lora  # noqa: E402
+from world import PREFIXES, SCHEDULER, Lora, configs, write_configuration, write_lora  # noqa: E402
 
 import handler  # noqa: E402
 
@@ -49,8 +50,7 @@ PEAK_TFLOPS = {  # dense float16 with float32 accumulation, from the vendor's da
     "RTX A6000": 155,
     "RTX A5000": 111,
 }
-NAMES = handler.adapter_names(handler.LORA_CONFIGS)
-SCALES = {name: config["scale"] for name, config in zip(NAMES, handler.LORA_CONFIGS, strict=True)}
+SCALES = {handler.sanitize_name(config["name"]): config["scale"] for config in handler.LORA_CONFIGS}
 # What a job spends its time on, in its metadata's timings; the rest is outside.
 GPU_PHASES = ("loras", "encode", "denoise", "decode")
 
@@ -87,17 +87,6 @@ class Result:
         return statistics.median(timings[phase] for timings in self.timings)
 
 
-class Prepared(handler.Worker):
-    """The worker's state around a pipeline that was not loaded from files."""
-
-    def __init__(self, pipe: Any) -> None:
-        super().__init__()
-        self.pair = pipe, handler.PromptEncoder(pipe)
-
-    def ready(self) -> tuple[Any, Any]:
-        return self.pair
-
-
 class Adapters:
     """The nine LoRAs as diffusers keeps them, beside the layers, in the place of the worker's stack."""
 
@@ -129,14 +118,13 @@ def build_pipe(scale: Scale, folder: Path) -> Any:
     scheduler = diffusers.EulerDiscreteScheduler.from_config(SCHEDULER)
     pipe = diffusers.StableDiffusionXLPipeline(**models, **tokenizers, scheduler=scheduler, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler_config = pipe.scheduler.config
     return pipe
 
 
 def write_loras(scale: Scale, folder: Path) -> dict[str, Path]:
     """LoRAs over every layer that Kohya's trainer reaches."""
     folder.mkdir()
-    lora = Lora(16, 8.0, handler.LORA_COMPONENTS, "linear")
+    lora = Lora(16, 8.0, tuple(PREFIXES), "linear")
     return {
         name: write_lora(folder / f"{name}.safetensors", "kohya", lora, scale.size, strength=0.05, seed=seed)
         for seed, name in enumerate(scale.scales)
@@ -191,24 +179,26 @@ def measure(scale: Scale, way: str, cold_s: float, scales: dict[str, float]) -> 
 
 def measure_all(scale: Scale, pipe: Any, files: dict[str, Path], compiled: bool) -> Iterator[Result]:
     """The four ways on one pipeline: its weights are the bare checkpoint's again before each."""
-    pipe.lora_stack = handler.LoraStack(pipe, {})
+    seams.serve(seams.engine_around(pipe, {}))
     yield from measure(scale, "bare checkpoint", 0.0, {})
-    pipe.lora_stack, cold_s = seconds(lambda: Adapters(pipe, files, scale.scales))
+    adapters, cold_s = seconds(lambda: Adapters(pipe, files, scale.scales))
+    seams.serve(seams.engine_around(pipe, files, adapters))
     yield from measure(scale, f"{len(files)} unfused adapters", cold_s, scale.scales)
     pipe.unload_lora_weights()
     gc.collect()
 
-    def stack() -> handler.LoraStack:
-        stack = handler.LoraStack(pipe, files)
-        stack.apply(scale.scales)
-        return stack
+    def load() -> Any:
+        engine = seams.engine_around(pipe, files)
+        engine.stack.apply(scale.scales)
+        return engine
 
-    pipe.lora_stack, cold_s = seconds(stack)
-    assert pipe.lora_stack.applied == scale.scales and not pipe.lora_stack.failed
+    engine, cold_s = seconds(load)
+    seams.serve(engine)
+    assert engine.stack.applied == scale.scales and not engine.stack.failed
     yield from measure(scale, "worker", cold_s, scale.scales)
     if compiled:
         backend = "inductor" if scale.device == "cuda" else "eager"  # a C++ compiler would need minutes
-        _, compile_s = seconds(lambda: handler.compile_unet(pipe, backend))
+        _, compile_s = seconds(lambda: seams.compile_unet(pipe, backend))
         print(f"  torch.compile: {compile_s:.0f} s", file=sys.stderr, flush=True)
         yield from measure(scale, "worker, compiled", cold_s, scale.scales)
 
@@ -286,8 +276,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pipe = build_pipe(scale, Path(folder, "config"))
         files = write_loras(scale, Path(folder, "loras"))
-        pipe.model_files = handler.ModelFiles(next(iter(files.values())), files, {})
-        handler.WORKER = Prepared(pipe)
         results = list(measure_all(scale, pipe, files, compiled))
         print(table(scale, results))
         job_s, outside = measure_busy(scale, 4 * scale.runs)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import handler
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+import seams  # noqa: E402
 
 
 def picture(size: int, grain: float, seed: int = 0) -> Image.Image:
@@ -38,6 +38,10 @@ def saved(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, **options)
     return buffer.getvalue()
+
+
+def ours(image: Image.Image, image_format: str, **options: object) -> bytes:
+    return seams.encode_images([image], [""], image_format, **options)[0]
 
 
 def measure(encodings: dict[str, Callable[[], bytes]], rounds: int) -> dict[str, tuple[float, int]]:
@@ -64,12 +68,10 @@ def main() -> None:
             {
                 "PNG, Pillow's default": lambda image=image: saved(image, format="PNG"),
                 "PNG, compress_level 1": lambda image=image: saved(image, format="PNG", compress_level=1),
-                "PNG, ours": lambda image=image: handler.encode_image(image, "", "png"),
-                "lossless WebP, ours": lambda image=image: handler.encode_image(
-                    image, "", "webp", **handler.LOSSLESS_WEBP
-                ),
-                "JPEG, ours": lambda image=image: handler.encode_image(image, "", "jpeg"),
-                "WebP, ours": lambda image=image: handler.encode_image(image, "", "webp"),
+                "PNG, ours": lambda image=image: ours(image, "png"),
+                "lossless WebP, ours": lambda image=image: ours(image, "webp", **seams.LOSSLESS_WEBP),
+                "JPEG, ours": lambda image=image: ours(image, "jpeg"),
+                "WebP, ours": lambda image=image: ours(image, "webp"),
             },
             options.rounds,
         )
