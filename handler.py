@@ -1817,7 +1817,7 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
     """
     # 1. the texts (None is a BREAK) with the product of the factors of all brackets around each
     texts: list[str | None] = []
-    weights = torch.ones(len(prompt), dtype=torch.float64)
+    weights = torch.ones(len(prompt) + 1, dtype=torch.float64)  # one a text, and one more: no text is a prompt too
     opened: dict[str, list[int]] = {")": [], "]": []}
     for match in SYNTAX.finditer(prompt):
         found, kind = match[0], match.lastgroup

@@ -52,8 +52,18 @@ def civitai(world: World) -> Iterator[CivitaiServer]:  # noqa: F821
 @pytest.fixture
 def pipe(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F821
     """The worker's pipeline on the tiny world, loaded once a session, as handler() uses it; no Civitai is there."""
-    import handler
+    import seams
 
     for name, value in world.environ("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
-    return handler.WORKER.ready()[0]
+    return seams.engine().pipe
+
+
+@pytest.fixture
+def reload(pipe: Any) -> Iterator[None]:
+    """The next job loads a pipeline of its own; the session's comes back afterwards."""
+    import seams
+
+    engine = seams.serve(None)
+    yield
+    seams.serve(engine)

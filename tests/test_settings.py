@@ -1,23 +1,19 @@
 """Settings and the model table."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import seams
 
 import handler
 
 
-def settings(monkeypatch, **environ) -> handler.Settings:
+def settings(monkeypatch, **environ):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    return handler.Settings.from_environ()
-
-
-def refusal(monkeypatch, **environ) -> str:
-    with pytest.raises(handler.SetupFailed) as caught:
-        settings(monkeypatch, **environ)
-    return str(caught.value)
+    return seams.settings()
 
 
 def test_table():
@@ -25,7 +21,13 @@ def test_table():
     assert handler.CHECKPOINT_CONFIG["url"] == (
         "https://civitai.com/api/download/models/1590699?type=Model&format=SafeTensor&size=pruned&fp=fp16"
     )
-    rows = [(handler.version_id(c), c["scale"], c["filename"]) for c in handler.LORA_CONFIGS]
+    urls = [
+        re.fullmatch(
+            r"https://civitai\.com/api/download/models/(\d+)\?type=Model&format=SafeTensor", config["url"]
+        )
+        for config in handler.LORA_CONFIGS
+    ]
+    rows = [(url[1], c["scale"], c["filename"]) for url, c in zip(urls, handler.LORA_CONFIGS, strict=True)]
     assert rows == [
         ("135867", 1.5, "detail_tweaker_xl.safetensors"),
         ("294259", 1.0, "hand_detail_flux_xl.safetensors"),
@@ -55,23 +57,43 @@ def test_sanitize_name(name, adapter):
     assert handler.sanitize_name(name) == adapter
 
 
-def test_adapter_names_are_unique():
+def test_adapter_names_are_unique(monkeypatch):
     """A name taken in the stack gets _2, _3."""
-    configs = [{"name": name} for name in ("A", "a!", "(a)", "A 2", "")]
-    assert handler.adapter_names(configs) == ["a", "a_2", "a_3", "a_2_2", "adapter"]
+    configs = [handler.LORA_CONFIGS[0] | {"name": name} for name in ("A", "a!", "(a)", "A 2", "")]
+    seams.set(monkeypatch, LORA_CONFIGS=configs)
+    assert list(settings(monkeypatch).stack) == ["a", "a_2", "a_3", "a_2_2", "adapter"]
 
 
 def test_defaults(monkeypatch, tmp_path):
     """Nothing set: Civitai, ./models, two jobs in flight, 9.5 MB, no bucket, CPU allowed outside RunPod."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MODEL_CACHE_DIR", "CIVITAI_BASE_URL", "SDXL_CONFIG", "VAE_MODEL", "ALLOW_CPU", "OUTPUT_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    seams.set_volume(monkeypatch, tmp_path / "no volume")
     found = settings(monkeypatch)
     assert found.civitai_base_url == "https://civitai.com"
-    if not Path("/runpod-volume").is_dir():
-        assert found.checkpoint_dir == Path("models/checkpoints") and found.lora_dir == Path("models/loras")
+    assert found.checkpoint_dir == Path("models/checkpoints") and found.lora_dir == Path("models/loras")
     assert (found.jobs_in_flight, found.max_response_bytes, found.bucket) == (2, 9_500_000, None)
     assert found.allow_cpu and not settings(monkeypatch, RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1/x").allow_cpu
+
+
+def test_the_store_is_on_the_volume(monkeypatch, tmp_path):
+    """Where a volume is mounted, its folder models holds the store; MODEL_CACHE_DIR comes first."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    seams.set_volume(monkeypatch, volume)
+    assert settings(monkeypatch).lora_dir == volume / "models" / "loras"
+    assert settings(monkeypatch, MODEL_CACHE_DIR="elsewhere").lora_dir == Path("elsewhere/loras")
+
+
+@pytest.mark.parametrize("place", ["a file in the way", "/proc"])
+def test_a_volume_that_cannot_be_written_to(monkeypatch, tmp_path, caplog, place):
+    """Its folder can be there without a volume (RunPod's model cache lies below it): the store is ./models then, and a
+    line says so. Nobody, root neither, can make a folder in /proc or where a file is."""
+    volume = tmp_path / "volume" if place != "/proc" else Path(place)
+    if place != "/proc":
+        volume.mkdir()
+        (volume / "models").write_text("")
+    seams.set_volume(monkeypatch, volume)
+    assert settings(monkeypatch).checkpoint_dir == Path("models/checkpoints")
+    assert f"{volume} cannot be written to" in caplog.text and "./models" in caplog.text
 
 
 def test_stack_settings(monkeypatch):
@@ -104,8 +126,11 @@ def test_stack_settings(monkeypatch):
     ],
 )
 def test_wrong_settings(monkeypatch, name, value, rule):
-    """A wrong setting is SETUP_FAILED with its name, its rule and its value."""
-    assert rule in refusal(monkeypatch, **{name: value})
+    """A wrong setting is every job's SETUP_FAILED with its name, its rule and its value, and ends the worker."""
+    monkeypatch.setenv(name, value)
+    answer = handler.handler({"input": {"prompt": "a cat"}})
+    assert (answer["code"], answer["refresh_worker"]) == ("SETUP_FAILED", True)
+    assert rule in answer["error"]
 
 
 def test_secrets_stay_out_of_reprs(monkeypatch):
