@@ -3258,10 +3258,9 @@ def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tupl
     for name in hashes:
         if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras:
             missing.append(f"LoRA {shown(name)}, which the prompt does not use")
-    for name in tags.keys() & renamed.keys():
-        prompt = re.sub(
-            rf"(<(?:lora|lyco):\s*){re.escape(name)}(?=\s*[:>])", rf"\g<1>{renamed[name]}", prompt, flags=re.I
-        )
+    prompt = LORA_TAG.sub(
+        lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
+    )
     # 3. checkpoint and VAE
     name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
     own_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])

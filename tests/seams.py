@@ -119,3 +119,16 @@ encode_images = handler.encode_images  # files of any pixels
 deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
 checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
 LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
+
+
+# --- recipes
+
+quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.split_lora_tags)  # no text may be slow
+
+
+def recipe_of(request: handler.JobRequest) -> str:
+    """The recipe that a job's first image carries: thousands of jobs without a picture each."""
+    config = settings()
+    checkpoint = handler.NamedModel.of(config.checkpoint, "0123456789")
+    loras = [handler.NamedModel.of(config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
+    return handler.write_recipe(request, request.seed, Path(config.vae_model).name, checkpoint, loras)
