@@ -3008,8 +3008,6 @@ RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is i
 TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
 RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
-# where readers of all kinds end a line
-LINE_START = r"(?<![^\n\r\v\f\x1c-\x1e\x85\u2028\u2029])"
 
 
 @dataclass(frozen=True)
@@ -3087,9 +3085,9 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     if resources:
         details.append(f"Civitai resources: {json.dumps(resources, separators=(',', ':'), ensure_ascii=False)}")
     prompts = {"Exact prompt": request.prompt, "Exact negative prompt": request.negative_prompt}
-    # NUL would end a PNG's text; a prompt's line that begins with Steps would hide the recipe's from Civitai, which
-    # takes the first
-    lines = [re.sub(f"{LINE_START}Steps:", " Steps:", prompt.replace("\0", "")) for prompt in prompts.values()]
+    # NUL would end a PNG's text; a line of a prompt that begins with "Steps:" would hide the recipe's from Civitai,
+    # which takes the first
+    lines = [prompt.replace("\0", "").replace("Steps:", "Steps :") for prompt in prompts.values()]
     text = lines[0] + (f"\nNegative prompt: {lines[1]}" if lines[1] else "") + "\n"
     *read, _ = parse_recipe(text + ", ".join(details))
     for (name, prompt), known in zip(prompts.items(), read, strict=True):
@@ -3114,7 +3112,7 @@ def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
     """
     lines = text.strip().split("\n")
     for end, (line, following) in enumerate(pairwise(lines), 1):
-        if line.startswith("Steps: ") and following.startswith(TEMPLATES):  # Dynamic Prompts puts these below
+        if line.startswith("Steps: ") and following.startswith(TEMPLATES):
             lines = lines[:end]
             break
     # 1. prompts
