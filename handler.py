@@ -3132,9 +3132,8 @@ def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
         if key and line[start : start + 1] in ('"', "[", "{"):
             with suppress(ValueError, RecursionError):
                 parsed, stop = json.JSONDecoder().raw_decode(line, start)
-                if after := re.compile(r"\s*(?:,|$)").match(line, stop):
-                    end, value = after.end() - after[0].endswith(","), line[start:stop]
-                    value = parsed if isinstance(parsed, str) else value
+                if after := re.compile(r"\s*(?=,|$)").match(line, stop):
+                    end, value = after.end(), parsed if isinstance(parsed, str) else line[start:stop]
         if name and keys.setdefault(name, value) != value:
             keys[f"{name} again"] = value
         at, pairs = end + 1, pairs + bool(key)
@@ -3212,7 +3211,7 @@ def as_number(value: str) -> int | float | str:
 def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
     """What a recipe says of models, and takes its keys: the prompt, LoRAs by version id as the field `loras` takes
     them, and what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
-    checkpoint, stack, missing = settings.checkpoint, settings.stack, []
+    stack, missing = settings.stack, []
     listed: dict[str, Any] = {}
     for key in ("Civitai resources", "Hashes"):  # what cannot be read is left among the keys
         with suppress(KeyError, ValueError, RecursionError):
@@ -3259,7 +3258,14 @@ def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tupl
     prompt = LORA_TAG.sub(
         lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
     )
-    # 3. checkpoint and VAE
+    missing += other_models(keys, checkpoints, settings)
+    return prompt, [{"name": name, "scale": scale} for name, scale in loras.items()], missing
+
+
+def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Settings) -> list[str]:
+    """A recipe's checkpoint and VAE where this worker has others, by version id (version -> name), else by hash, else
+    by name. Takes their keys."""
+    checkpoint, missing = settings.checkpoint, []
     name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
     own_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
     if checkpoints:
@@ -3274,7 +3280,7 @@ def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tupl
     own_vae = Path(settings.vae_model).name
     if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
         missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
-    return prompt, [{"name": name, "scale": scale} for name, scale in loras.items()], missing
+    return missing
 
 
 @functools.cache
