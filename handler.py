@@ -2040,18 +2040,20 @@ SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u20
 BORDER = re.compile(rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])")
 CLAUSE_END = re.compile(rf"[,.!?…，。！？、][\"')\]”’»」』]*[{SPACE}]*$")
 
-LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*)(?::([^:>]*)[^>]*)?>", re.IGNORECASE)
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*+)(?::([^:>]*+)[^>]*+)?>", re.IGNORECASE)
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"  # a backslash before anything else vanishes, as in A1111
     r"|(?P<open>[(\[])"
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|:\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)"  # possessive: 10,000 digits take no time
     r"|(?P<close>[)\]])"
     r"|(?P<BREAK>\bBREAK\b)"
     r"|[^\\()\[\]:B]+|.",
     re.DOTALL,
 )
 # A1111's [from:to:when], [a|b] and AND; times and ratios have no letter in them
-PROMPT_EDITING = re.compile(r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])[^\[\]]*(?:\|[^\[\]]*|:\s*\d*\.?\d+\s*)\]|\bAND\b")
+PROMPT_EDITING = re.compile(
+    r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
+)
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
@@ -3259,8 +3261,9 @@ LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
 RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 RECIPE_VERSION = "sdxl-worker"
 RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
+TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
-RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "Hashes", "VAE hash")
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -3337,18 +3340,17 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     ]
     if resources:
         details.append(f"Civitai resources: {json.dumps(resources, separators=(',', ':'), ensure_ascii=False)}")
-    # a prompt's line that begins with Steps would hide the recipe's from Civitai, which takes the first
-    prompt, negative = (re.sub("(?m)^Steps:", " Steps:", text) for text in (request.prompt, request.negative_prompt))
-    text = prompt + (f"\nNegative prompt: {negative}" if negative else "") + "\n"
-    for name, given, read in zip(
-        ("Exact prompt", "Exact negative prompt"),
-        (request.prompt, request.negative_prompt),
-        recipe_prompts(text + "-"),
-        strict=True,
-    ):
-        if given != read:
-            details.append(f"{name}: {json.dumps(given)}")
-    return f"{text}{', '.join(details)}".strip().replace("\0", "")  # which would end a PNG's text
+    prompts = {"Exact prompt": request.prompt, "Exact negative prompt": request.negative_prompt}
+    # NUL would end a PNG's text; a line of a prompt that begins with "Steps:" would hide the recipe's from Civitai,
+    # which takes the first
+    lines = [prompt.replace("\0", "").replace("Steps:", "Steps :") for prompt in prompts.values()]
+    text = lines[0] + (f"\nNegative prompt: {lines[1]}" if lines[1] else "") + "\n"
+    *read, _ = parse_recipe(text + ", ".join(details))
+    for (name, prompt), known in zip(prompts.items(), read, strict=True):
+        if prompt != known:  # without commas and colons, which other readers would take for a key's
+            exact = re.sub(r"[,:]|[^\S ]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(prompt, ensure_ascii=False))
+            details.append(f"{name}: {exact}")
+    return (text + ", ".join(details)).strip()
 
 
 def quote(value: str) -> str:
@@ -3356,36 +3358,42 @@ def quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
 
 
-def recipe_line(text: str) -> dict[str, Any] | None:
-    """The keys and values of a text's last line where it is a recipe's, else None: at least three, "Steps" first.
+def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt, and the keys and values of the last line; no keys where that is not a recipe's, which
+    has "Steps" first and at least three.
 
-    "Steps: 20, Sampler: Euler a, Size: 8x8" -> {"Steps": "20", "Sampler": "Euler a", "Size": "8x8"}. Reads as A1111's
-    parse_generation_parameters does, and JSON values, which Civitai writes without quotes, whole.
+    "a cat\\nSteps: 20, Sampler: Euler a, Size: 8x8" -> "a cat", "", {"Steps": "20", "Sampler": "Euler a", ...}. Reads
+    as A1111's parse_generation_parameters does, and JSON, which Civitai writes without quotes, whole. What stands
+    between two commas without a key is a key without a value; what a key says a second time stands under "… again".
     """
-    line, at, found = text.strip().rsplit("\n", 1)[-1], 0, {}
-    while key := RECIPE_KEY.match(line, at):
-        value, at = line[key.end() :], key.end()
-        end, known = len(value.split(",", 1)[0]), value.split(",", 1)[0].strip()
-        if value[:1] in ('"', "[", "{"):
-            with suppress(ValueError, RecursionError):
-                parsed, length = json.JSONDecoder().raw_decode(value)
-                if value[length:].lstrip()[:1] in ("", ","):
-                    end, known = length, parsed
-        found.setdefault(key[1], known)
-        at = line.find(",", at + end) + 1 or len(line)
-    return found if len(found) >= 3 and next(iter(found)) == "Steps" else None
-
-
-def recipe_prompts(text: str) -> tuple[str, str]:
-    """Prompt and negative prompt of a recipe, as A1111 reads them: lines stripped, the second from the line on that
-    begins with "Negative prompt:"."""
+    lines = text.strip().split("\n")
+    for end, (line, following) in enumerate(pairwise(lines), 1):
+        if line.startswith("Steps: ") and following.startswith(TEMPLATES):
+            lines = lines[:end]
+            break
+    # 1. prompts
     prompts: tuple[list[str], list[str]] = [], []
     negative = False
-    for line in map(str.strip, text.strip().split("\n")[:-1]):
+    for line in map(str.strip, lines[:-1]):
         if line.startswith("Negative prompt:"):
             negative, line = True, line.removeprefix("Negative prompt:").strip()
         prompts[negative].append(line)
-    return "\n".join(prompts[0]), "\n".join(prompts[1])
+    # 2. keys
+    line, at, pairs, keys = lines[-1], 0, 0, {}
+    while at < len(line):
+        key = RECIPE_KEY.match(line, at)
+        start = key.end() if key else at
+        end = line.find(",", start) % (len(line) + 1)  # the line's where there is no comma
+        name, value = (key[1], line[start:end].strip()) if key else (line[start:end].strip(), "")
+        if key and line[start : start + 1] in ('"', "[", "{"):
+            with suppress(ValueError, RecursionError):
+                parsed, stop = json.JSONDecoder().raw_decode(line, start)
+                if after := re.compile(r"\s*(?=,|$)").match(line, stop):
+                    end, value = after.end(), parsed if isinstance(parsed, str) else line[start:stop]
+        if name and keys.setdefault(name, value) != value:
+            keys[f"{name} again"] = value
+        at, pairs = end + 1, pairs + bool(key)
+    return *map("\n".join, prompts), keys if pairs >= 3 and next(iter(keys)) == "Steps" else {}
 
 
 def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any]], list[str]]:
@@ -3394,8 +3402,8 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
 
     Raises InvalidInput for a text that is no recipe; the values are the fields' to check.
     """
-    keys = recipe_line(text)
-    if keys is None:
+    prompt, negative_prompt, keys = parse_recipe(text)
+    if not keys:
         raise InvalidInput(
             "parameters must be a picture's generation data: its last line begins with Steps and holds at least three "
             '"key: value" pairs, such as "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 1024x1024"'
@@ -3403,116 +3411,132 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
     own, warnings = keys.pop("Version", "") == RECIPE_VERSION, []
     for note in RECIPE_NOTES:
         keys.pop(note, None)
+    if absent := [key for key in ("Sampler", "CFG scale", "Seed", "Size") if key not in keys]:
+        warnings.append(f"the recipe names no {', '.join(absent)}: the job's other fields or their defaults stand")
     # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
-    prompt, negative_prompt = recipe_prompts(text)
-    fields: dict[str, tuple[str, Any]] = {
-        "prompt": ("prompt", keys.pop("Exact prompt", prompt)),
-        "negative_prompt": ("negative prompt", keys.pop("Exact negative prompt", negative_prompt)),
-    }
+    prompt, loras, missing = recipe_models(keys, keys.pop("Exact prompt", prompt), settings)
+    negative_prompt = keys.pop("Exact negative prompt", negative_prompt)
+    if missing:
+        warnings.append(f"the recipe names models that this worker does not have: {', '.join(missing)}")
     # 2. numbers and words
-    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
-    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
-    size = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*", str(keys.get("Size", "")))
-    if size:
-        fields |= {side: ("Size", int(size[i])) for i, side in ((1, "width"), (2, "height"))}
-    elif "Size" in keys:
-        raise InvalidInput(f"parameters: Size must be such as 1024x1024, got {shown(keys['Size'])}")
-    keys.pop("Size", None)
-    clip_skip = as_number(keys.pop("Clip skip", 2))  # A1111's does nothing on SDXL
-    fields["clip_skip"] = "Clip skip", clip_skip if own else 2
-    fields["long_prompt"] = "Long prompt", keys.pop("Long prompt", "concat")
-    rng, emphasis = keys.pop("RNG", "GPU"), str(keys.pop("Emphasis", "Original")).lower()
-    fields["rng"] = "RNG", RECIPE_RNG.get(rng, rng)
+    clip_skip = as_number(keys.pop("Clip skip", "2"))
+    rng, emphasis = keys.pop("RNG", "GPU"), keys.pop("Emphasis", "original").lower()
     if emphasis not in EMPHASES:
         warnings.append(f"the recipe's Emphasis {shown(emphasis)} is not here: original was taken")
         emphasis = "original"
-    fields["emphasis"] = "Emphasis", emphasis
+    fields: dict[str, tuple[str, Any]] = {
+        "prompt": ("prompt", prompt),
+        "negative_prompt": ("negative prompt", negative_prompt),
+        "loras": ("Civitai resources", loras),
+        "clip_skip": ("Clip skip", clip_skip if own else 2),  # A1111's does nothing on SDXL
+        "rng": ("RNG", RECIPE_RNG.get(rng, rng)),
+        "emphasis": ("Emphasis", emphasis),
+        "long_prompt": ("Long prompt", keys.pop("Long prompt", "concat")),
+    }
+    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
+    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
+    if "Size" in keys:
+        width, _, height = keys.pop("Size").partition("x")
+        fields |= {"width": ("Size's width", as_number(width)), "height": ("Size's height", as_number(height))}
     # 3. sampler and schedule
     if "Sampler" in keys:
         sampler, schedule = keys.pop("Sampler"), keys.pop("Schedule type", None)
         if sampler == "DDIM" and not own:
             schedule = "Uniform"  # A1111's, which knows no other; alone it would be diffusers'
         try:
-            sampling = read_sampling(sampler, schedule)
-        except InvalidInput:
-            sampling = read_sampling(sampler, field="parameters: Sampler")
-            warnings.append(f"the recipe's Schedule type {shown(schedule)} is not there for {sampling}: left out")
-        fields["scheduler"] = "Sampler", str(sampling)
-    # 4. models
-    resources = keys.pop("Civitai resources", None)
-    resources = [item for item in resources if isinstance(item, dict)] if isinstance(resources, list) else []
-    fields["loras"] = "Civitai resources", recipe_loras(keys, resources, fields["prompt"][1], settings, warnings)
-    warnings += other_models(keys, resources, settings)
-    # 5. the rest
+            sampler = str(read_sampling(sampler, schedule))
+        except InvalidInput:  # where it is for the sampler, the field's check says so
+            if schedule:
+                warnings.append(f"the recipe's Schedule type {shown(schedule)} is not here for {shown(sampler)}")
+        fields["scheduler"] = "Sampler", sampler
+    # 4. the rest
     if keys:
-        warnings.append(
-            f"of the recipe, this worker leaves out: {', '.join(f'{key} {shown(keys[key])}' for key in keys)}"
-        )
+        rest = ", ".join(f"{key} {shown(value)}" if value else shown(key) for key, value in keys.items())
+        warnings.append(f"of the recipe, this worker leaves out: {rest}")
     return fields, warnings
 
 
-def as_number(value: Any) -> Any:
+def as_number(value: str) -> int | float | str:
     """The number that a recipe's value spells, else the value: "20" -> 20, "4.5" -> 4.5, "big" -> "big"."""
     for kind in (int, float):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError):
             return kind(value)
     return value
 
 
-def recipe_loras(
-    keys: dict[str, Any], resources: list[dict[str, Any]], prompt: Any, settings: Settings, warnings: list[str]
-) -> list[dict[str, Any]]:
-    """The LoRAs that a recipe names, as the field `loras` takes them, apart from <lora:…> tags of the stack's own
-    names, which the prompt carries: by version id, else by hash. Takes its keys."""
-    by_version = {version_id(config): name for name, config in settings.stack.items()}
-    by_name = stack_names(settings)
-    tags = dict(split_lora_tags(prompt)[1]) if isinstance(prompt, str) else {}
-    chosen: dict[str, Any] = {}
-    for item in resources:
-        if str(item.get("type", "")).lower() not in ("lora", "lycoris", "locon", "dora"):
-            continue
-        version, name = str(item.get("modelVersionId", "")), str(item.get("modelName", ""))
+def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """What a recipe says of models, and takes its keys: the prompt, LoRAs by version id as the field `loras` takes
+    them, and what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
+    stack, missing = settings.stack, []
+    listed: dict[str, Any] = {}
+    for key in ("Civitai resources", "Hashes"):  # what cannot be read is left among the keys
+        with suppress(KeyError, ValueError, RecursionError):
+            listed[key] = json.loads(keys[key])
+            del keys[key]
+    # 1. by version id
+    loras, checkpoints = {}, {}
+    by_version = {version_id(config): adapter for adapter, config in stack.items()}
+    resources = listed.get("Civitai resources", [])
+    for item in resources if isinstance(resources, list) else [resources]:
+        model = item if isinstance(item, dict) else {"modelName": item}
+        version, weight = model.get("modelVersionId"), model.get("weight")
+        version = str(version) if isinstance(version, int | str) else ""
         if version in by_version:
-            chosen[by_version[version]] = item.get("weight", 1.0)
+            loras[by_version[version]] = 1.0 if weight is None else weight
+        elif model.get("type") in ("checkpoint", "model"):
+            checkpoints[version] = model.get("modelName")
         else:
-            warnings.append(f"the recipe's LoRA {shown(name)} (model version {shown(version)}) is not in the stack")
-    hashes = dict(re.findall(r"([^,:]+): *([0-9a-fA-F]{8,})", str(keys.pop("Lora hashes", ""))))
-    for name, digits in ((name.strip(), digits.lower()) for name, digits in hashes.items()):
-        if sanitize_name(name) in by_name or name not in tags:
-            continue
-        for adapter, config in settings.stack.items():
-            path = settings.lora_dir / config["filename"]
-            if path.is_file() and digits[:10] in (addnet_hash(path)[:10], (recorded_sha256(path) or "")[:10]):
-                chosen.setdefault(adapter, tags[name])
-    return [{"name": name, "scale": scale} for name, scale in chosen.items()]
-
-
-def other_models(keys: dict[str, Any], resources: list[dict[str, Any]], settings: Settings) -> list[str]:
-    """Warnings for a checkpoint or VAE that is not this worker's. Takes their keys."""
-    checkpoint, warnings = settings.checkpoint, []
-    versions = [str(item.get("modelVersionId")) for item in resources if item.get("type") in ("checkpoint", "model")]
-    name, digits = str(keys.pop("Model", "")), str(keys.pop("Model hash", "")).lower()
-    known_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
-    same = version_id(checkpoint) in versions or (digits and digits == known_hash)
-    same = same or sanitize_name(name) in (
-        sanitize_name(checkpoint["name"]),
-        sanitize_name(Path(checkpoint["filename"]).stem),
+            named = [shown(model[name]) for name in ("type", "modelName", "modelVersionId") if name in model]
+            missing.append(" ".join(named))
+    # 2. LoRAs by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
+    hashes = dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop("Lora hashes", "").split(",") if ":" in pair)
+    noted = listed.get("Hashes")
+    for key, digits in noted.items() if isinstance(noted, dict) else ():
+        kind, _, name = key.partition(":")
+        if kind in ("lora", "lyco"):
+            hashes.setdefault(name, digits if isinstance(digits, str) else "")
+        elif kind == "model" and isinstance(digits, str):
+            keys.setdefault("Model hash", digits)
+        elif kind != "vae":
+            missing.append(shown(key))
+    known, by_hash = stack_names(settings), {}
+    unknown = [name for name in hashes if sanitize_name(name) not in known]
+    for adapter, config in stack.items() if unknown else ():
+        file = settings.lora_dir / config["filename"]
+        if file.is_file():
+            by_hash |= dict.fromkeys((addnet_hash(file)[:10], checkpoint_hash(file)), adapter)
+    by_hash.pop("", None)
+    renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
+    tags = dict(split_lora_tags(prompt)[1])
+    for name in hashes:
+        if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras:
+            missing.append(f"LoRA {shown(name)}, which the prompt does not use")
+    prompt = LORA_TAG.sub(
+        lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
     )
-    if (name or digits or versions) and not same:
-        wanted = name or digits or f"model version {versions[0]}"
-        warnings.append(
-            f"the recipe was made with the checkpoint {shown(wanted)}, this worker has {checkpoint['name']}"
-        )
-    vae = str(keys.pop("VAE", ""))
-    if (
-        vae
-        and vae not in ("None", "Automatic", Path(settings.vae_model).name)
-        and not re.match("sdxl[-_ ]vae", vae, re.I)
-    ):
-        warnings.append(
-            f"the recipe was made with the VAE {shown(vae)}, this worker has {Path(settings.vae_model).name}"
-        )
-    return warnings
+    missing += other_models(keys, checkpoints, settings)
+    return prompt, [{"name": name, "scale": scale} for name, scale in loras.items()], missing
+
+
+def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Settings) -> list[str]:
+    """A recipe's checkpoint and VAE where this worker has others, by version id (version -> name), else by hash, else
+    by name. Takes their keys."""
+    checkpoint, missing = settings.checkpoint, []
+    name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
+    own_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
+    if checkpoints:
+        same, name = version_id(checkpoint) in checkpoints, name or next(iter(checkpoints.values()))
+    elif own_hash and len(digits) >= len(own_hash):
+        same = digits.startswith(own_hash)
+    else:
+        names = [sanitize_name(text) for text in (checkpoint["name"], Path(checkpoint["filename"]).stem)]
+        same = not (name or digits) or sanitize_name(name) in names
+    if not same:
+        missing.append(f"checkpoint {shown(name or digits)} (here it is {checkpoint['name']})")
+    own_vae = Path(settings.vae_model).name
+    if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
+        missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
+    return missing
 
 
 @functools.cache
@@ -3527,7 +3551,6 @@ def addnet_hash(file: Path) -> str:
         return ""
 
 
-@functools.cache
 def checkpoint_hash(file: Path) -> str:
     """A1111's hash of a checkpoint: 10 digits of its SHA256, "" where the store has none on record."""
     try:
@@ -3539,7 +3562,6 @@ def checkpoint_hash(file: Path) -> str:
 
 def hash_models(files: ModelFiles) -> None:
     """Computes the hashes ahead of the first job that writes them; to be run in the background."""
-    checkpoint_hash(files.checkpoint)
     for file in files.loras.values():
         addnet_hash(file)
 
@@ -3826,7 +3848,7 @@ class JobRequest:
             given, ["parameters", *(name for key, spec in declared.items() for name in (key, *spec["also"]))]
         )
         given, warnings = dict(given), []
-        if "sampler_name" in given and "scheduler" in given:  # A1111's two, since its version 1.9
+        if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
             sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
             given["sampler"] = str(sampling)
         recipe: dict[str, tuple[str, Any]] = {}
@@ -3852,8 +3874,8 @@ class JobRequest:
             if clean != values[name]:
                 warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
             values[name] = clean
-            if recipe_line(clean):
-                raise InvalidInput(f"{name} ends in a picture's generation data: give the whole text as parameters")
+            if parse_recipe(clean)[2]:
+                raise InvalidInput(f"{name} ends in a picture's generation data: give that text, once, as parameters")
             try:
                 parse_prompt(clean)
             except InvalidInput as error:

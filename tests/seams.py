@@ -253,6 +253,19 @@ def progress(**fields: Any) -> list[tuple[int, int]]:
     return seen
 
 
+# --- recipes
+
+quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.split_lora_tags)  # no text may be slow
+
+
+def recipe_of(request: handler.JobRequest) -> str:
+    """The recipe that a job's first image carries: thousands of jobs without a picture each."""
+    config = settings()
+    checkpoint = handler.NamedModel.of(config.checkpoint, "0123456789")
+    loras = [handler.NamedModel.of(config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
+    return handler.write_recipe(request, request.seed, Path(config.vae_model).name, checkpoint, loras)
+
+
 # --- images
 
 NamedModel = handler.NamedModel  # the recipe of models that are not in the table
