@@ -2194,7 +2194,7 @@ def merge_alike(states: Any, most: int) -> Any:
     """
     count, device = len(states), states.device
     group = torch.arange(count, device=device)  # state -> row of its mean in what follows
-    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e30)
+    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
     likeness = (states @ states.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
     likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
     likeness.fill_diagonal_(-math.inf)
@@ -2809,7 +2809,7 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
     given = f"{sampler} {schedule or ''}".strip()
     known, spelled = spelled_samplings(), spelling(given)
     alone = known.get(spelling(sampler))
-    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+    if schedule and alone and spelled not in known and spelling(schedule) in (spelling(alone.schedule), "automatic"):
         spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
     if spelled in known:
         return known[spelled]

@@ -22,7 +22,17 @@ SMALL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 256, "steps":
 ANSWER = {"images", "seed", "metadata"}
 METADATA = {
     *("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seeds", "scheduler", "clip_skip"),
-    *("emphasis", "long_prompt", "prompt_chunks", "negative_prompt_chunks", "image_format", "model", "vae", "loras"),
+    *(
+        "rng",
+        "emphasis",
+        "long_prompt",
+        "prompt_chunks",
+        "negative_prompt_chunks",
+        "image_format",
+        "model",
+        "vae",
+        "loras",
+    ),
     *("loras_failed", "warnings", "processing_time", "timings", "model_version"),
 }
 
