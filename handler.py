@@ -51,14 +51,14 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, count, islice, pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
@@ -418,17 +418,21 @@ def gpu_is_lost() -> bool:
 # store
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
-CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
-MIN_SPAN, MAX_SPAN = 2 * MIB, 32 * MIB  # what one request asks for
-MIN_BLOCK, MAX_BLOCK, BLOCK_S = MIB // 64, MIB, 0.05  # what one read takes, and about how long
-HASH_BYTES, HASH_POLL_S = 16 * MIB, 0.01  # what is hashed at a time; how often more is looked for
-CONNECT_S, STALL_S, LISTING_S = 10.0, 30.0, 5.0
+SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
+FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
+CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
-REPORT_S = 5.0
-FIRST_READERS, READERS = 2, 8  # at once, of all files together
-READ_BYTES, SLOW_READ_S = 32 * MIB, 0.25  # what one of them reads at a time; the same at 134 MB/s
+SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
+REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
+FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
+REFUSALS |= {
+    404: "check the version id",
+    410: "its creator or Civitai has removed it",
+    451: "not served in this region",
+}
 
 
 @dataclass(frozen=True)
@@ -441,25 +445,24 @@ class ModelFiles:
 
 
 def fetch_models(settings: Settings) -> ModelFiles:
-    """The checkpoint and all LoRAs, fetched side by side where they are not in place.
-
-    Raises DownloadError for the checkpoint; a LoRA that cannot be had is named in `failed`.
-    """
-    client, ahead, loras, failed = Client(settings), ReadAhead(), {}, {}
-    with FetchProgress() as progress:
-        checkpoint = in_background(start_file, settings.checkpoint, settings.checkpoint_dir, client, progress, ahead)
-        futures = {
-            name: in_background(start_file, config, settings.lora_dir, client, progress, ahead)
-            for name, config in settings.stack.items()
-        }
-        path = checkpoint.result()
-        for name, future in futures.items():
-            try:
-                loras[name] = future.result()
-            except DownloadError as error:
-                failed[name] = str(error)
-                log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
-    return ModelFiles(path, loras, failed)
+    """The checkpoint and all LoRAs, fetched side by side where they are not in place. Raises DownloadError for the
+    checkpoint, and where the files do not fit together; a LoRA that cannot be had is named in `failed`."""
+    store, loras, failed = Store(settings), {}, {}
+    store.sweep()
+    checkpoint = Download(store, settings.checkpoint, settings.checkpoint_dir)
+    downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
+    store.downloads = [checkpoint, *downloads.values()]
+    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
+    store.check_space()
+    path, *futures = [in_background(download.ensure) for download in store.downloads]
+    path.result()  # without it nothing else matters
+    for name, future in zip(downloads, futures, strict=True):
+        try:
+            loras[name] = future.result()
+        except DownloadError as error:
+            failed[name] = str(error)
+            log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
+    return ModelFiles(path.result(), loras, failed)
 
 
 def setup_models() -> tuple[Path, dict[str, Path]]:
@@ -473,9 +476,7 @@ def ensure_model_exists(config: dict[str, Any], model_dir: Path) -> Path:
 
     config: {"name", "url", "filename"}, and "sha256" where the file must have it. Raises DownloadError.
     """
-    client = Client(Settings.from_environ())
-    with FetchProgress() as progress:
-        return Download(Model.of(config, Path(model_dir), client), client, progress).ensure()
+    return Store(Settings.from_environ()).ensure(config, Path(model_dir))
 
 
 def download_file(url: str, filepath: Path) -> None:
@@ -483,19 +484,166 @@ def download_file(url: str, filepath: Path) -> None:
 
     Raises DownloadError; filepath never holds a partial or wrong file.
     """
-    client, filepath = Client(Settings.from_environ()), Path(filepath)
-    config = {"name": filepath.name, "url": url, "filename": filepath.name}
-    with FetchProgress() as progress:
-        Download(Model.of(config, filepath.parent, client), client, progress).ensure(again=True)
+    config = {"name": Path(filepath).name, "url": url, "filename": Path(filepath).name}
+    Store(Settings.from_environ()).ensure(config, Path(filepath).parent, again=True)
 
 
-def start_file(config: dict[str, Any], folder: Path, client: Client, progress: FetchProgress, ahead: ReadAhead) -> Path:
-    """ensure_model_exists for a cold start: a file that was in place is read ahead of its use."""
-    download = Download(Model.of(config, folder, client), client, progress)
-    path = download.ensure()
-    if not download.fetched:  # what was fetched is in the page cache
-        ahead.add(path)
-    return path
+class Store:
+    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk, progress.
+
+    Beside a file <name> lie, all hidden: .<name>.json, what is known of it; .<name>.lock, while a worker fetches it;
+    and the files of a Part. Several workers may use one folder.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
+        self.session, self.connections, self.ahead = requests.Session(), Connections(), ReadAhead()
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
+        self.downloads: list[Download] = []  # that share space and progress
+        self.lock, self.running = threading.Lock(), 0
+
+    def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
+        """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
+        once. Raises DownloadError."""
+        download = Download(self, config, folder)
+        with self.lock:
+            self.downloads = [download, *(self.downloads if self.running else ())]
+        return download.ensure(again)
+
+    def sweep(self) -> None:
+        """Deletes what downloads left that nobody will resume: the file is not configured any more, or in place, and
+        their worker has ended here, or was silent for a day."""
+        settings = self.settings
+        wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
+        wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
+        for file in chain(*(folder.glob(".*") for folder in {settings.checkpoint_dir, settings.lora_dir})):
+            found = re.fullmatch(r"\.(.+?)\.(?:(\w+-\d+-\w+)\.(?:part|journal)|lock)", file.name)
+            path = file.with_name(found[1]) if found else file
+            if not found or (path in wanted and not path.exists()):
+                continue
+            with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
+                silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
+                if is_gone(found[2] or file.read_text(errors="replace")) or silent_s > SILENT_S:
+                    file.unlink()
+                    log.info("%s is left of a download that nobody resumes: deleted", file.name)
+
+    def check_space(self) -> None:
+        """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
+        volumes: dict[int, list[Download]] = {}
+        for download in self.downloads:
+            if download.size < math.inf and not download.fetched:
+                download.path.parent.mkdir(parents=True, exist_ok=True)
+                volumes.setdefault(download.path.parent.stat().st_dev, []).append(download)
+        for together in volumes.values():
+            volume = os.statvfs(together[0].path.parent)
+            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in together)
+            free = volume.f_bavail * volume.f_frsize
+            if volume.f_blocks and needed > free:  # some network file systems tell nothing
+                what = (
+                    f"{together[0]} needs" if len(together) == 1 else f"{together[0]} and {len(together) - 1} more need"
+                )
+                raise DownloadError(
+                    f"{what} {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: take a larger "
+                    "network volume, or another MODEL_CACHE_DIR"
+                )
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        """Shows how far all files together are, while at least one is fetched."""
+        with self.lock:
+            self.running += 1
+            if self.running == 1:
+                in_background(self.report)
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    def report(self) -> None:
+        """A bar on a terminal, a line every REPORT_S in a log."""
+        drawn, next_line = sys.stderr.isatty(), time.monotonic() + REPORT_S
+        text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+        place = sys.stderr if drawn else io.StringIO()
+        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
+            while self.running > 0:
+                time.sleep(0.1)
+                parts = [download.part for download in self.downloads if download.part]
+                bar.total = sum(part.expected for part in parts)
+                bar.update(sum(part.came for part in parts) - bar.n)
+                if bar.total and not drawn and time.monotonic() > next_line:
+                    log.info("%s", bar)
+                    next_line += REPORT_S
+
+    def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
+        """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
+        Civitai's origin alone. Raises Fault."""
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
+        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
+        keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        with network_faults():
+            for _ in range(6):
+                at_home = self.key and origin(url) == origin(self.base_url)
+                key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
+                response = self.session.get(url, headers=headers | key, **keep)
+                if not response.is_redirect:
+                    return response
+                response.close()
+                url = urljoin(url, response.headers["location"])
+                scheme, host, _ = origin(url)
+                loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
+                if scheme != "https" and not (scheme == "http" and loopback):
+                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
+        raise Fault("the server redirects in circles", FEW_TRIES)
+
+    def said_by_civitai(self, response: Any) -> str:
+        """Civitai's message, after ": ": one short line without markup, addresses or the key; "" where it has none."""
+        try:
+            with network_faults():
+                answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "{}")
+            said = answer.get("message") or answer.get("error")
+        except (Fault, AttributeError):  # it is no JSON, or no object
+            return ""
+        if not isinstance(said, str) or re.search(r"<\s*[a-z!/]", said, re.IGNORECASE):
+            return ""
+        said = said.replace(self.key, "…") if self.key else said
+        said = re.sub(r"\S*(://|www\.|\.\w+/)\S*", "…", said)
+        said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+        return f": {said[:200]}" if said else ""
+
+
+class Connections:
+    """Places for requests; `with` waits for one. Civitai's CDN caps each connection far below what a data centre's line
+    carries, and then all are needed; where they are fast, those beyond a few cost CPU alone."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.busy, self.most, self.limit, self.reduced = 0, FEW, FEW, -math.inf
+
+    def __enter__(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.busy < self.most)
+            self.busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.busy -= 1
+            self.changed.notify()
+
+    def count(self, size: int, seconds: float) -> None:
+        """A request has brought so many bytes so far: more at once where they come slowly, or again after a fault."""
+        with self.changed:
+            if self.limit == FEW and seconds > JUDGED_S and size / seconds < FAST:
+                self.most = self.limit = MANY
+            self.most = min(self.most + 1, self.limit)
+            self.changed.notify_all()
+
+    def reduce(self, began: float) -> None:
+        """Half as many, after the fault of a request that began since the last time."""
+        with self.changed:
+            if began > self.reduced:
+                self.most, self.reduced = max(min(self.busy, self.most) // 2, 1), time.monotonic()
 
 
 class ReadAhead:
@@ -507,7 +655,7 @@ class ReadAhead:
     """
 
     def __init__(self) -> None:
-        self.todo: deque[tuple[Path, int]] = deque()
+        self.todo: deque[tuple[Path, int]] = deque()  # file and offset
         self.lock, self.readers = threading.Lock(), 0
 
     def add(self, path: Path) -> None:
@@ -524,37 +672,30 @@ class ReadAhead:
                 in_background(self.read)
 
     def read(self) -> None:
-        """Reads what is to be read."""
-        while chunk := self.take():
+        """Reads what is to be read; a chunk that cannot be is left to whoever needs it."""
+        while True:
+            with self.lock:  # in one step: else a file added just then would find this reader counted
+                if not self.todo:
+                    self.readers -= 1
+                    return
+                path, offset = self.todo.popleft()
             started = time.monotonic()
-            read_chunk(*chunk)
+            try:
+                read_chunk(path, offset)
+            except OSError as error:
+                log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
             if time.monotonic() - started > SLOW_READ_S:
                 self.start_reader(READERS)
 
-    def take(self) -> tuple[Path, int] | None:
-        """The next chunk for a reader; None ends it. In one step: else a file added just then would find it counted."""
-        with self.lock:
-            if self.todo:
-                return self.todo.popleft()
-            self.readers -= 1
-            return None
-
 
 def read_chunk(path: Path, offset: int) -> None:
-    """Brings READ_BYTES of a file into the page cache, where they are not there already."""
-    buffers = [bytearray(MIB)] * (READ_BYTES // MIB)  # all the same memory: the bytes go nowhere
+    """Brings READ_BYTES of a file into the page cache, unless all are there already."""
     with path.open("rb", buffering=0) as file:
-        if not all(is_cached(file, at) for at in range(offset, offset + READ_BYTES, MIB)):
-            os.preadv(file.fileno(), buffers, offset)
-
-
-def is_cached(file: Any, offset: int) -> bool:
-    """Whether a byte of an open file can be had without waiting; False where the file system cannot tell."""
-    try:
-        os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
-    except OSError:
-        return False
-    return True
+        try:
+            for at in range(offset, offset + READ_BYTES, MIB):
+                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+        except OSError:  # not there, or the file system cannot tell; the buffers are all the same memory
+            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)
 
 
 # what is in place
@@ -565,72 +706,62 @@ def record_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The note on a file; {} where there is none that can be read."""
+def read_record(path: Path) -> tuple[str | None, bool]:
+    """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
+    server's, so its clock does not matter."""
     try:
-        record = json.loads(record_file(path).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        stat, record = path.stat(), json.loads(record_file(path).read_bytes())
+        return record["sha256"], (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError, LookupError, TypeError):  # there is none that can be read
+        return None, False
 
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
     """Notes a file's stamp and hash, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{new_owner()}.journal")  # which is swept like one after a kill
+    temporary = part_files(path, new_owner())[1]  # which is swept like one after a kill
     temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
     temporary.replace(record_file(path))
 
 
-def is_untouched(record: Mapping[str, Any], stat: os.stat_result) -> bool:
-    """Whether a file is the one that was noted. The times are both the file server's, so its clock does not matter."""
-    return (record.get("size"), record.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-
-
 def recorded_sha256(path: Path) -> str | None:
-    """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, or was
-    put there by hand."""
-    record = read_record(path)
-    return record.get("sha256") if path.exists() and is_untouched(record, path.stat()) else None
-
-
-WRONG_HASH = "has another SHA256 than the published file"
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file in place."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, was put
+    there by hand, or has gone."""
+    sha256, untouched = read_record(path)
+    return sha256 if untouched else None
 
 
 def content_problem(path: Path, name: str) -> str:
     """Why a file cannot be a model, "" where it can. A safetensors header tells the size of the whole file."""
     if path.stat().st_size == 0:
         return "is empty"
-    if not name.endswith(".safetensors"):
-        return ""
     try:
-        with safetensors.safe_open(path, framework="np"):
-            return ""
+        if name.endswith(".safetensors"):
+            with safetensors.safe_open(path, framework="np"):
+                pass
     except (safetensors.SafetensorError, OSError):
         return "is no whole safetensors file"
+    return ""
 
 
-# one HTTP client for all files
+WRONG_HASH = "has another SHA256 than the published file"
 
 
-LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
+def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
+    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
+    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
+    wanted = dict(parse_qsl(query))
+
+    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
+        metadata = file.get("metadata") or {}
+        asked = sum(metadata.get(name) == value for name, value in wanted.items())
+        same_size = abs(file.get("sizeKB", 0) * 1024 - size) < 1
+        return same_size, file.get("type") == wanted.get("type"), asked, bool(file.get("primary"))
+
+    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
+    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
 
 
-def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port, which a key is bound to: "https://civitai.com/a?b" -> ("https", "civitai.com", 443)."""
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def is_safe(url: str) -> bool:
-    """Whether a redirect may lead there: https, or this very machine."""
-    scheme, host, _ = origin(url)
-    return scheme == "https" or (scheme == "http" and LOOPBACK.fullmatch(host or "") is not None)
+# what can go wrong
 
 
 class Fault(Exception):
@@ -643,6 +774,10 @@ class Fault(Exception):
 
 class WrongFile(Exception):
     """What came is not the file that was asked for."""
+
+
+class LockLost(Exception):
+    """Another worker took the lock over, since it saw no beat of ours."""
 
 
 @contextmanager
@@ -658,71 +793,27 @@ def network_faults() -> Iterator[None]:
         raise Fault(f"the connection failed ({type(error).__name__})") from None
 
 
-class Client:
-    """HTTP as Civitai wants it: the key for its host alone, redirects to safe addresses alone."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.base_url, self.key = settings.civitai_base_url, settings.civitai_api_key
-        self.budget = threading.BoundedSemaphore(CONNECTIONS)
-        self.session = requests.Session()
-        for scheme in ("https://", "http://"):
-            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
-
-    def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
-        """The open response at the end of a chain of redirects. Raises Fault."""
-        history: list[Any] = []
-        with network_faults():
-            while len(history) < 5:
-                response = self.request(url, byte_range, stall_s or STALL_S)
-                if not response.is_redirect:
-                    response.history = history
-                    return response
-                response.close()
-                history.append(response)
-                url = urljoin(url, response.headers["location"])
-                if not is_safe(url):
-                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
-        raise Fault("the server redirects in circles", FEW_TRIES)
-
-    def request(self, url: str, byte_range: str, stall_s: float) -> Any:
-        """One open response, of a redirect too."""
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        if byte_range:
-            headers["Range"] = f"bytes={byte_range}"
-        if self.key and origin(url) == origin(self.base_url):
-            headers["Authorization"] = f"Bearer {self.key}"
-        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
-        return self.session.get(url, headers=headers, stream=True, timeout=(CONNECT_S, stall_s), **keep)
-
-    def listed_sha256(self, model: Model, size: float) -> str | None:
-        """The hash that Civitai publishes for a model's file of `size` bytes; None where it tells none."""
-        for _ in range(2 if model.version else 0):
-            try:
-                url = f"{self.base_url}/api/v1/model-versions/{model.version}"
-                with self.get(url, stall_s=LISTING_S) as response, network_faults():
-                    response.raise_for_status()
-                    return pick_sha256(response.json()["files"], size, urlsplit(model.url).query)
-            except (Fault, KeyError, TypeError, AttributeError) as error:
-                log.warning("%s: Civitai tells no hash: %s", model, error)
-        return None
+@contextmanager
+def disk_errors(download: Download) -> Iterator[None]:
+    """Turns what the file system refuses into DownloadError, its path for the log alone."""
+    try:
+        yield
+    except OSError as error:
+        advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
+            advice = "the model store is full, or its quota is used up: take a larger network volume"
+        raise DownloadError(f"{download} cannot be stored, {advice}", detail=error) from error
 
 
-def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
-    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
-    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
-    wanted = dict(parse_qsl(query))
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port, which a key is bound to: "https://civitai.com/a?b" -> ("https", "civitai.com", 443)."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
-    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
-        metadata = file.get("metadata") or {}
-        return (
-            abs(file.get("sizeKB", 0) * 1024 - size) < 1,
-            file.get("type") == wanted.get("type"),
-            sum(metadata.get(name) == value for name, value in wanted.items()),
-            bool(file.get("primary")),
-        )
 
-    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
-    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
+def tag_of(response: Any) -> str:
+    """What changes with a file: its ETag, else its date."""
+    return response.headers.get("etag") or response.headers.get("last-modified", "")
 
 
 # one worker at a time
@@ -745,15 +836,15 @@ def new_owner() -> str:
 
 def is_gone(owner: str) -> bool:
     """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
-    found = re.fullmatch(r"(\w+)-(\d+)-\w+", owner)
-    if found and found[1] == machine():
+    found = re.match(r"(\w+)-(\d+)-\w+", owner)
+    if not found or found[1] != machine():
+        return False
+    with suppress(PermissionError):
         try:
             os.kill(int(found[2]), 0)
         except ProcessLookupError:
             return True
-        except PermissionError:
-            return False
-    return bool(found) and found[1] == "free"
+    return False
 
 
 class StoreLock:
@@ -765,10 +856,9 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file, self.owner = path, path.with_name(f".{path.name}.lock"), new_owner()
-        self.dead: set[str] = set()
-        self.waited = False
-        self.released = threading.Event()
+        self.name, self.file, self.owner = path.name, path.with_name(f".{path.name}.lock"), new_owner()
+        self.dead: set[str] = set()  # whose locks were taken over
+        self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
         seen, since = "", time.monotonic()
@@ -776,11 +866,14 @@ class StoreLock:
             beat = self.read()
             if beat != seen:
                 seen, since = beat, time.monotonic()
-            if is_gone(beat.split(" ")[0]) or time.monotonic() - since > LOCK_DEAD_S:
-                self.clear_away(beat)
+            if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
+                log.warning("%s: the worker that was fetching it is gone; taking over", self.name)
+                self.dead.add(beat.split(" ")[0])
+                if self.read() == beat:  # else it is another's by now
+                    self.file.unlink(missing_ok=True)
                 continue
             if not self.waited:
-                log.info("%s: another worker is fetching it; waiting", self.path.name)
+                log.info("%s: another worker is fetching it; waiting", self.name)
             self.waited = True
             time.sleep(LOCK_POLL_S)
         return self
@@ -802,11 +895,16 @@ class StoreLock:
 
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
-        count = 0
+        beats, failed = 0, False
         while not self.released.wait(LOCK_BEAT_S):
-            count += 1
-            os.pwrite(descriptor, f"{self.owner} {count}".encode(), 0)
-            os.fsync(descriptor)  # a network file system shows it to others now
+            beats += 1
+            try:
+                os.pwrite(descriptor, f"{self.owner} {beats}".encode(), 0)
+                os.fsync(descriptor)  # a network file system shows it to others now
+            except OSError as error:  # a full disk, a stale handle: it may pass before others take the lock for dead
+                if not failed:
+                    log.warning("%s: the lock's beat cannot be written: %s", self.name, error.strerror)
+                failed = True
         os.close(descriptor)
 
     def read(self) -> str:
@@ -816,171 +914,200 @@ class StoreLock:
         except FileNotFoundError:
             return ""
 
-    def clear_away(self, beat: str) -> None:
-        """Removes the lock of the dead, unless it is another's by now."""
-        log.warning("%s: the worker that was fetching it is gone; taking over", self.path.name)
-        self.dead.add(beat.split(" ")[0])
-        if self.read() == beat:
-            self.file.unlink(missing_ok=True)
+
+# the bytes of one file
 
 
-# one file
+def part_files(path: Path, owner: str) -> tuple[Path, Path]:
+    """Where an owner's part of a file lies: its bytes, its journal."""
+    return path.with_name(f".{path.name}.{owner}.part"), path.with_name(f".{path.name}.{owner}.journal")
+
+
+def part_owners(path: Path) -> set[str]:
+    """All whose parts of a file lie in the store."""
+    files = path.parent.glob(f".{glob.escape(path.name)}.*")
+    return {file.stem.removeprefix(f".{path.name}.") for file in files if file.suffix in (".part", ".journal")}
+
+
+def bytes_on_disk(path: Path) -> int:
+    """What the disk already holds of a file: parts that are resumed or deleted, and an unusable file in its place."""
+    total = 0
+    for file in (path, *(part_files(path, owner)[0] for owner in part_owners(path))):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_blocks * 512
+    return total
 
 
 class Part:
-    """The bytes of a file that have come, in any order, and a journal that survives `kill -9`.
+    """The bytes of a file that have come, segment by segment, and marks of them that survive `kill -9`.
 
     .<name>.<owner>.part      the bytes, in their place
-    .<name>.<owner>.journal   what they are of, then 16 bytes for each block: its start and end
+    .<name>.<owner>.journal   a line that says what they are of, then a byte for each segment: 1 where it has come
     """
 
-    RECORD = struct.Struct("<QQ")
-
-    def __init__(self, path: Path, owner: str, identity: str, size: float, hashed: bool) -> None:
+    def __init__(self, path: Path, lock: StoreLock, size: float, identity: str, hashed: bool) -> None:
         """identity: what tells this file's bytes from others. hashed: whether a hash will find lost writes in the end;
         else bytes that came on another machine, or before this one crashed, do not count."""
-        self.path, self.identity, self.size, self.hashed = path, identity, size, hashed
-        self.data, self.journal = self.names(owner)
-        self.starts: dict[int, int] = {}  # start -> end of each range that has come,
-        self.ends: dict[int, int] = {}  # and end -> start
-        self.lock = threading.Lock()
-        self.open = True
-
-    def names(self, owner: str) -> tuple[Path, Path]:
-        """The files of an owner's part."""
-        return tuple(self.path.with_name(f".{self.path.name}.{owner}.{kind}") for kind in ("part", "journal"))
-
-    def owners(self) -> set[str]:
-        """All whose parts of this file lie in the store."""
-        files = self.path.parent.glob(f".{glob.escape(self.path.name)}.*")
-        names = (file.stem for file in files if file.suffix in (".part", ".journal"))
-        return {name.removeprefix(f".{self.path.name}.") for name in names}
-
-    def begin(self, dead: set[str]) -> Part:
-        """Opens the part, with what a dead worker left of the same file. To be used in a `with`."""
-        for owner in self.owners():
-            if owner in dead or is_gone(owner):
-                with suppress(FileNotFoundError):  # where locks do nothing, another worker may be quicker
-                    self.adopt(owner)
-                self.sweep(owner)
-        if not self.starts:
-            self.journal.write_text(f"{self.identity} {machine()}\n")
-        self.log = self.descriptor(self.journal, os.O_WRONLY | os.O_APPEND)
-        self.file = self.descriptor(self.data, os.O_RDWR | os.O_CREAT)
-        return self
+        self.path, self.dead, self.size, self.identity, self.hashed = path, lock.dead, size, identity, hashed
+        self.data, self.journal = part_files(path, lock.owner)
+        self.header = f"{identity} {machine()}\n".encode()
+        self.segments = 0 if size == math.inf else -(-size // SEGMENT)
+        self.done: set[int] = set()
+        self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
+        self.given_up, self.came = False, 0
 
     def __enter__(self) -> Part:
+        """Opens the part, with what a dead worker left of the same file."""
+        for owner in part_owners(self.path):
+            if owner in self.dead or owner.startswith("free-") or is_gone(owner):
+                with suppress(FileNotFoundError):  # where locks do nothing, another worker may be quicker
+                    self.adopt(*part_files(self.path, owner))
+                for file in part_files(self.path, owner):
+                    file.unlink(missing_ok=True)
+        if not self.done:
+            self.journal.write_bytes(self.header)
+        self.data.touch()
+        # open until the last thread that uses this part lets go of it: a number closed earlier could be another file's
+        self.marks, self.bytes = self.journal.open("r+b", buffering=0), self.data.open("r+b", buffering=0)
+        self.todo = deque(segment for segment in range(self.segments) if segment not in self.done)
+        self.expected = sum(self.end(segment) - segment * SEGMENT for segment in self.todo)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
-        self.open = False
+        self.given_up = True
+        self.ended.set()
         keep = kind is not None and not issubclass(kind, WrongFile | OSError)
-        data, journal = self.names(f"free-0-{secrets.token_hex(4)}")
-        for file, kept in ((self.data, data), (self.journal, journal)):
+        free = part_files(self.path, f"free-0-{secrets.token_hex(4)}")
+        for file, kept in zip((self.data, self.journal), free, strict=True):
             with suppress(FileNotFoundError):  # published
                 file.rename(kept) if keep else file.unlink()
 
-    def descriptor(self, file: Path, flags: int) -> int:
-        """An open file that is closed with the last thread that uses this part: a number closed earlier could be
-        another file's by the time that a late thread writes."""
-        descriptor = os.open(file, flags, 0o644)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
-
-    def adopt(self, owner: str) -> None:
-        """Takes an owner's part over, where it is of the same file. Its journal first: so a kill loses nothing."""
-        data, journal = self.names(owner)
-        header, _, records = journal.read_bytes().partition(b"\n")
+    def adopt(self, data: Path, journal: Path) -> None:
+        """Takes a part over, where it is of the same file. Its journal first: so a kill loses nothing."""
+        header, _, marks = journal.read_bytes().partition(b"\n")
         identity, _, where = header.decode(errors="replace").partition(" ")
         of_this_file = identity == self.identity and (self.hashed or where == machine())
-        if not of_this_file or self.starts or not data.exists():
-            return
-        records = records[: len(records) - len(records) % self.RECORD.size]  # the last one may be torn
-        self.journal.write_bytes(header + b"\n" + records)
-        data.rename(self.data)
-        for start, end in sorted(self.RECORD.iter_unpack(records)):
-            self.add(start, end)
+        if of_this_file and not self.done and data.exists():
+            self.header = header + b"\n"
+            self.journal.write_bytes(self.header + marks)
+            data.rename(self.data)
+            self.done = {segment for segment, mark in enumerate(marks[: self.segments]) if mark == 1}
 
-    def sweep(self, owner: str) -> None:
-        """Deletes an owner's part."""
-        for file in self.names(owner):
-            file.unlink(missing_ok=True)
+    def end(self, segment: int) -> int:
+        """Where a segment ends."""
+        return min((segment + 1) * SEGMENT, self.size)
 
-    def add(self, start: int, end: int) -> None:
-        """Notes that [start, end) has come, joined with its neighbours."""
-        start, end = self.ends.pop(start, start), self.starts.pop(end, end)
-        self.starts[start], self.ends[end] = end, start
+    def take(self) -> deque[int]:
+        """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
+        with self.lock:
+            longest = min(max(len(self.todo) // (2 * MANY), 1), LONGEST_RUN)
+            run: deque[int] = deque()
+            while self.todo and len(run) < longest and (not run or self.todo[0] == run[-1] + 1):
+                run.append(self.todo.popleft())
+            return run
 
     def write(self, start: int, block: bytes) -> None:
-        """Puts a block into its place, then into the journal: a kill between the two costs no more than the block."""
-        if not self.open:
-            raise Fault("the download was given up")
-        view, at = memoryview(block), start
+        """Puts a block into its place."""
+        view = memoryview(block)
         with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
-            while at < start + len(block):
-                at += os.pwrite(self.file, view[at - start :], at)
-            os.write(self.log, self.RECORD.pack(start, at))
-            self.add(start, at)
+            if self.given_up:
+                raise Fault("the download was given up")
+            while view:
+                written = os.pwrite(self.bytes.fileno(), view, start)
+                start, view = start + written, view[written:]
 
-    def missing(self) -> list[tuple[int, int]]:
-        """The ranges that have not come, in order."""
-        ranges = [(0, 0), *sorted(self.starts.items()), (self.size, self.size)]
-        gaps = ((end, start) for (_, end), (start, _) in pairwise(ranges))
-        return [(start, end) for start, end in gaps if start < end]
+    def mark(self, segment: int, size: int) -> None:
+        """Notes that a segment has come: a kill before costs no more than the segment."""
+        with self.lock:
+            os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
+            self.done.add(segment)
+            self.came += size
+            if len(self.done) == self.segments:
+                self.ended.set()
 
     def sha256(self) -> str:
-        """The hash of the whole file, made behind the front of what has come, whole pages at a time.
-
-        Of the mapped file, as safetensors maps it later: reading would copy every byte once more.
-        """
-        digest, at = hashlib.sha256(), 0
-        while at < self.size and self.open:
-            front = self.starts.get(0, 0)
-            end = min(front if front == self.size else front - front % mmap.PAGESIZE, at + HASH_BYTES)
+        """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
+        it later: reading would copy every byte once more."""
+        digest, at, front = hashlib.sha256(), 0, 0
+        while at < self.size and not self.given_up:
+            while front in self.done:
+                front += 1
+            end = min(front * SEGMENT, self.size, at + HASH_BYTES)
             if end == at:
                 time.sleep(HASH_POLL_S)
                 continue
-            with mmap.mmap(self.file, end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
+            with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
                 digest.update(pages)
             at = end
         return digest.hexdigest()
 
     def publish(self, sha256: str) -> None:
         """Gives the file its name, with every byte on the disk before."""
-        os.fsync(self.file)
-        write_record(self.path, os.fstat(self.file), sha256)
+        os.fsync(self.bytes.fileno())
+        write_record(self.path, os.fstat(self.bytes.fileno()), sha256)
         self.data.replace(self.path)
-        sync_folder(self.path.parent)
-        for owner in self.owners():
-            self.sweep(owner)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        with suppress(OSError):  # some network file systems cannot make a rename last, and need not
+            os.fsync(folder)
+        os.close(folder)
+        for file in chain(*(part_files(self.path, owner) for owner in part_owners(self.path))):
+            file.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename last. Some network file systems cannot, and need not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
+class Patience:
+    """How long the faults of one file are borne: some tries in a row, and PATIENCE_S without a byte."""
+
+    def __init__(self) -> None:
+        self.lock, self.resume = threading.Lock(), 0.0
+        self.progressed()
+
+    def progressed(self) -> None:
+        """Bytes came: faults count from here again."""
+        self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
+
+    def bear(self, what: Download, fault: Fault, began: float = math.inf) -> float:
+        """Seconds to wait before the next try. Raises DownloadError where there have been enough.
+
+        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
+        """
+        with self.lock:
+            now = time.monotonic()
+            if began > self.resume:
+                self.faults += 1
+                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
+                self.resume = now + (fault.wait_s or backoff)
+                if self.faults >= fault.tries or self.resume > self.deadline:
+                    message = f"{what} cannot be downloaded: {fault}"
+                    raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
+                log.warning("%s: %s; trying again in %.1f s", what, fault, self.resume - now)
+            return max(0.0, self.resume - now)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A file to be had: what it is called, where it comes from and where it goes."""
+class Source:
+    """Where a file's bytes come from, as the server describes it."""
 
-    name: str
-    url: str
-    path: Path
-    version: str  # Civitai's model version id; "" for a file from elsewhere
-    sha256: str | None  # that the file must have whatever Civitai says
+    link: str
+    size: float  # bytes; inf where the server does not tell
+    tag: str
+    whole: Any  # the open response with the whole file, where the server has no ranges
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any], folder: Path, client: Client) -> Model:
-        """A config's file, at the server that CIVITAI_BASE_URL names."""
-        url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: client.base_url, config["url"])
-        version = version_id(config) if url.startswith(f"{client.base_url}/") else ""
-        sha256 = config.get("sha256")
-        return cls(config["name"], url, folder / config["filename"], version, sha256 and sha256.lower())
+
+class Download:
+    """One file: what it is called, where it comes from and goes, and its way into the store.
+
+    Not by hf_transfer: 0.1.9 resumes nothing, holds the GIL throughout, and takes a wrong answer for the file.
+    """
+
+    def __init__(self, store: Store, config: Mapping[str, Any], folder: Path) -> None:
+        self.store, self.name, self.path = store, config["name"], folder / config["filename"]
+        self.url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: store.base_url, config["url"])
+        self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
+        self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
+        self.source: Source | None = None
+        self.size, self.part, self.fetched = math.inf, None, False
+        self.patience, self.renewing = Patience(), threading.Lock()
 
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
@@ -990,226 +1117,69 @@ class Model:
         there by hand, is checked: by its header, and by its hash where one is known."""
         if not self.path.exists():
             return "is missing"
-        record, stat = read_record(self.path), self.path.stat()
-        expected = self.sha256 or record.get("sha256")
-        if is_untouched(record, stat) and record.get("sha256") == expected:
+        recorded, untouched = read_record(self.path)
+        expected = self.sha256 or recorded
+        if untouched and recorded == expected:
             return ""
-        problem = content_problem(self.path, self.path.name)
-        if not problem and expected and file_sha256(self.path) != expected:
-            problem = WRONG_HASH
-        if not problem:
-            with suppress(OSError):  # a volume may be read-only
-                write_record(self.path, stat, expected)
-        return problem
+        stat = self.path.stat()
+        if problem := content_problem(self.path, self.path.name):
+            return problem
+        if expected:
+            with self.path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return WRONG_HASH
+        with suppress(OSError):  # a volume may be read-only
+            write_record(self.path, stat, expected)
+        return ""
 
-
-REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
-REFUSALS[410] = "its creator or Civitai has removed it"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a file's bytes come from, as the server describes it."""
-
-    link: str
-    size: float  # bytes; inf where the server does not tell
-    etag: str
-    whole: Any  # the open response with the whole file, where the server has no ranges
-
-    def identity(self, model: Model) -> str:
-        """What tells the bytes of this file from others; those of one stream are of no use to another."""
-        told = secrets.token_hex() if self.whole else f"{urlsplit(model.url).path} {self.size} {self.etag}"
-        return hashlib.sha256(told.encode()).hexdigest()
-
-
-class Download:
-    """One file on its way into the store.
-
-    Not by hf_transfer: 0.1.9 resumes nothing, holds the GIL throughout, and takes a wrong answer for the file.
-    """
-
-    def __init__(self, model: Model, client: Client, progress: FetchProgress) -> None:
-        self.model, self.client, self.progress = model, client, progress
-        self.fetched, self.resumed = False, 0.0
-        self.progressed()
+    def look(self) -> None:
+        """Asks for the size of a file that is not in place; a server that does not answer is asked again later."""
+        if self.problem():
+            with suppress(Fault):
+                self.source = self.ask()
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
-        with disk_errors(self.model):
-            if again or self.model.problem():
-                self.fetch_in_turn(again)
-        return self.model.path
+        with disk_errors(self):
+            if again or self.problem():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.store.progress():
+                    while not self.take_turn(again):
+                        log.warning("%s: another worker has taken it over", self)
+            if not self.fetched:  # what was fetched is in the page cache
+                self.store.ahead.add(self.path)
+        return self.path
 
-    def fetch_in_turn(self, again: bool) -> None:
-        """Fetches the file, unless another worker has done so while this one waited for its turn."""
-        self.model.path.parent.mkdir(parents=True, exist_ok=True)
-        with StoreLock(self.model.path) as lock:
-            if (again and not lock.waited) or not self.is_usable():
+    def take_turn(self, again: bool) -> bool:
+        """Fetches the file, unless another worker has done so while this one waited. False where the lock was lost."""
+        with StoreLock(self.path) as lock:
+            if not again or lock.waited:
+                problem = self.problem()
+                if not problem:
+                    return True
+                if self.path.exists():
+                    log.warning("%s: the file in place %s: fetching it again", self, problem)
+                    self.path.unlink()
+            try:
                 self.fetch(lock)
-
-    def is_usable(self) -> bool:
-        """Whether the file is in place; one that cannot be used is deleted."""
-        problem = self.model.problem()
-        if problem and self.model.path.exists():
-            log.warning("%s: the file in place %s: fetching it again", self.model, problem)
-            self.model.path.unlink()
-        return not problem
+            except LockLost:
+                return False
+            except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
+                if self.problem():
+                    raise
+        return True
 
     def fetch(self, lock: StoreLock) -> None:
         """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
-        self.progressed()
+        self.patience.progressed()
         for last in (False, True):
             try:
                 self.patiently(self.fetch_once, lock)
                 return
-            except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
-                if self.model.problem():
-                    raise
-                return
             except WrongFile as wrong:
                 if last:
-                    raise DownloadError(f"{self.model} was refused: what came {wrong}, twice") from None
-                log.warning("%s: what came %s: fetching it once more", self.model, wrong)
-
-    def fetch_once(self, lock: StoreLock) -> None:
-        """The file from the first request to its name. Raises WrongFile, Fault or DownloadError."""
-        started = time.monotonic()
-        # 1. where it is, how long it is, and what hash it must have
-        self.source = self.ask()
-        expected = self.model.sha256 or self.client.listed_sha256(self.model, self.source.size)
-        # 2. room for it, and what others left of it
-        identity, hashed = self.source.identity(self.model), expected is not None
-        part = Part(self.model.path, lock.owner, identity, self.source.size, hashed)
-        with part.begin(lock.dead):
-            self.check_space(part)
-            hashing = in_background(part.sha256)
-            # 3. the bytes
-            if self.source.whole:
-                self.fetch_whole(part)
-            else:
-                self.fetch_ranges(part)
-            # 4. checks, and its name
-            if problem := content_problem(part.data, self.model.path.name):
-                raise WrongFile(problem)
-            if expected not in (None, hashing.result()):
-                raise WrongFile(WRONG_HASH)
-            part.publish(hashing.result())
-        self.fetched, seconds = True, time.monotonic() - started
-        note = "SHA256 verified" if expected else "no SHA256 to verify it by"
-        log.info("%s: %.1f MB in %.1f s, %s", self.model, part.size / MB, seconds, note)
-
-    def ask(self) -> Source:
-        """Follows the model's URL to where its bytes are. Civitai refuses HEAD, so this asks for one byte."""
-        response = self.client.get(self.model.url, "0-0")
-        self.check_status(response, signed=bool(response.history))
-        etag = file_tag(response)
-        if response.status_code == 200:
-            length = response.headers.get("content-length")
-            return Source(response.url, int(length) if length else math.inf, etag, response)
-        found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
-        response.close()
-        if not found:
-            raise Fault("the server described a range wrongly", FEW_TRIES)
-        return Source(response.url, int(found[1]), etag, None)
-
-    def check_status(self, response: Any, signed: bool) -> None:
-        """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
-        status, said = response.status_code, f"the server answered {response.status_code}"
-        if status in (200, 206):
-            if not response.headers.get("content-type", "").startswith("text/html"):
-                return
-            raise Fault("a web page came instead of the file; check CIVITAI_API_KEY", FEW_TRIES)
-        if status == 429 or status >= 500:
-            seconds = response.headers.get("retry-after", "")
-            raise Fault(f"{said}; try later", wait_s=float(seconds) if seconds.isdigit() else 0.0)
-        if signed:  # by Civitai, for a while
-            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
-        if status == 404:
-            raise Fault(f"{said}; check the version id", FEW_TRIES)
-        raise Fault(f"{said}; {REFUSALS.get(status, 'it refuses the request')}", ONE_TRY)
-
-    def check_space(self, part: Part) -> None:
-        """Refuses what cannot fit, before its first byte."""
-        needed = sum(end - start for start, end in part.missing() if end < math.inf)
-        volume = os.statvfs(part.data)
-        free = volume.f_bavail * volume.f_frsize
-        if volume.f_blocks and needed > free:  # some network file systems tell nothing
-            raise DownloadError(
-                f"{self.model} needs {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: "
-                "take a larger network volume, or another MODEL_CACHE_DIR"
-            )
-        self.progress.expect(needed)
-
-    def fetch_whole(self, part: Part) -> None:
-        """The bytes in one stream, from a server without ranges."""
-        span = Span(0, self.source.size)
-        with self.client.budget, network_faults(), self.source.whole as response:
-            self.receive(response, part, span)
-        if self.source.size == math.inf:
-            part.size = span.at
-        if part.missing():
-            raise Fault("the server ended the file early")
-
-    def fetch_ranges(self, part: Part) -> None:
-        """The missing bytes over many connections: fewer where the server refuses some, more again as it answers."""
-        todo, running, connections = deque(spans(part.missing())), set(), CONNECTIONS
-        while todo or running:
-            while todo and len(running) < connections:
-                running.add(in_background(self.fetch_span, part, todo.popleft()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for span, fault in (future.result() for future in done):
-                if span.at < span.end:
-                    todo.appendleft(span)
-                connections = max(connections // 2, 1) if fault else min(connections + 1, CONNECTIONS)
-                if fault and span.began > self.resumed:  # else it belongs to a fault that was waited for
-                    self.wait_or_give_up(fault)
-                    self.renew()
-
-    def fetch_span(self, part: Part, span: Span) -> tuple[Span, Fault | None]:
-        """Fetches a span, or a part of it; returns what is missing, and the fault if none came."""
-        fault, start, link = Fault("the server sent nothing"), span.at, self.source.link
-        with self.client.budget:
-            span.began = time.monotonic()
-            try:
-                self.ask_for(part, span, link)
-            except Fault as error:
-                fault = error
-        if span.at - start < min(span.end - start, MIN_BLOCK):
-            return span, fault
-        self.progressed()
-        return span, None
-
-    def ask_for(self, part: Part, span: Span, link: str) -> None:
-        """One request for a span."""
-        with network_faults(), self.client.get(link, f"{span.at}-{span.end - 1}") as response:
-            self.check_status(response, signed=link != self.model.url)
-            self.check_range(response, span.at)
-            self.receive(response, part, span)
-
-    def receive(self, response: Any, part: Part, span: Span) -> None:
-        """Takes a body's bytes, as long as they come."""
-        for block in body_blocks(response, span.end - span.at):
-            part.write(span.at, block)
-            span.at += len(block)
-            self.progress.got(len(block))
-
-    def check_range(self, response: Any, start: int) -> None:
-        """Raises Fault for anything but bytes from `start` on of the same file."""
-        etag = file_tag(response)
-        described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
-        if not described or (int(described[1]), int(described[2])) != (start, self.source.size):
-            raise Fault("the server ignored a range")
-        if etag != self.source.etag:
-            raise Fault("the server sent another file")
-
-    def renew(self) -> None:
-        """Asks for a new link, since the old one may have expired. Raises WrongFile where it leads to another file."""
-        source = self.patiently(self.ask)
-        if source.whole:
-            raise Fault("the server has stopped serving ranges")
-        if (source.size, source.etag) != (self.source.size, self.source.etag):
-            raise WrongFile("has changed in mid-download")
-        self.source = source
+                    raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
+                log.warning("%s: what came %s: fetching it once more", self, wrong)
 
     def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), again and again while its faults may pass."""
@@ -1217,123 +1187,166 @@ class Download:
             try:
                 return step(*args)
             except Fault as fault:
-                self.wait_or_give_up(fault)
+                time.sleep(self.patience.bear(self, fault))
 
-    def wait_or_give_up(self, fault: Fault) -> None:
-        """Waits before the next try, or raises DownloadError where there have been enough."""
-        self.faults += 1
-        delay = fault.wait_s or min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
-        if self.faults >= fault.tries or time.monotonic() + delay > self.deadline:
-            raise DownloadError(
-                f"{self.model} cannot be downloaded: {fault}", detail=f"{self.faults} tries in a row"
-            ) from None
-        log.warning("%s: %s; trying again in %.1f s", self.model, fault, delay)
-        time.sleep(delay)
-        self.resumed = time.monotonic()
-
-    def progressed(self) -> None:
-        """Bytes came: faults count from here again."""
-        self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
-
-
-def file_tag(response: Any) -> str:
-    """What changes with a file: its ETag, else its date."""
-    return response.headers.get("etag") or response.headers.get("last-modified", "")
-
-
-@contextmanager
-def disk_errors(model: Model) -> Iterator[None]:
-    """Turns what the file system refuses into DownloadError, its path for the log alone."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
-            advice = "the model store is full, or its quota is used up: take a larger network volume"
-        else:
-            advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
-        raise DownloadError(f"{model} cannot be stored, {advice}", detail=error) from error
-
-
-@dataclass
-class Span:
-    """The bytes [at, end) of a file, which are still to come."""
-
-    at: int
-    end: float
-    began: float = 0.0  # when they were asked for
-
-
-def spans(ranges: list[tuple[int, int]]) -> Iterator[Span]:
-    """Cuts ranges into requests, the smaller the less is left, so that all connections end at about the same time."""
-    left = sum(end - start for start, end in ranges)
-    for start, end in ranges:
-        while start < end:
-            size = min(max(left // (2 * CONNECTIONS), MIN_SPAN), MAX_SPAN, end - start)
-            yield Span(start, start + size)
-            start, left = start + size, left - size
-
-
-def body_blocks(response: Any, left: float) -> Iterator[bytes]:
-    """At most `left` bytes of a body in blocks of about BLOCK_S each: short ones lose little to a kill, long ones cost
-    little CPU."""
-    size = MIN_BLOCK
-    while left > 0:
+    def fetch_once(self, lock: StoreLock) -> None:
+        """The file from the first request to its name. Raises WrongFile, Fault, LockLost or DownloadError."""
         started = time.monotonic()
-        block = response.raw.read(min(size, left), decode_content=False)
-        if not block:
-            return
-        seconds, left = time.monotonic() - started, left - len(block)
-        yield block
-        if seconds < BLOCK_S / 2:
-            size = min(size * 2, MAX_BLOCK)
-        elif seconds > BLOCK_S * 2:
-            size = max(size // 2, MIN_BLOCK)
+        # 1. where it is, how long it is, and what hash it must have
+        source = self.source if self.source and not self.part and not self.source.whole else self.ask()
+        self.source = source
+        expected = self.sha256 or self.listed_sha256(source.size)
+        told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
+        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()  # of one stream: of no use to another
+        # 2. room for it, and what others left of it
+        self.store.check_space()
+        with Part(self.path, lock, source.size, identity, bool(expected)) as part:
+            self.part = part
+            hashing = in_background(part.sha256)
+            # 3. the bytes
+            self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
+            # 4. checks, and its name
+            if problem := content_problem(part.data, self.path.name):
+                raise WrongFile(problem)
+            if expected and hashing.result() != expected:
+                raise WrongFile(WRONG_HASH)
+            if not lock.read().startswith(lock.owner):
+                raise LockLost
+            part.publish(hashing.result())
+        self.fetched, seconds = True, time.monotonic() - started
+        note = "SHA256 verified" if expected else "no SHA256 to verify it by"
+        log.info("%s: %.1f MB in %.1f s, %s", self, part.size / MB, seconds, note)
 
+    def ask(self) -> Source:
+        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte."""
+        response = self.store.get(self.url, "0-0")
+        self.check_status(response)
+        if response.status_code == 200:
+            length = response.headers.get("content-length")
+            self.size, whole = int(length) if length else math.inf, response
+        else:
+            found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
+            response.close()
+            if not found:
+                raise Fault("the server described a range wrongly", FEW_TRIES)
+            self.size, whole = int(found[1]), None
+        return Source(response.url, self.size, tag_of(response), whole)
 
-class FetchProgress:
-    """Shows how far all files together are: a bar on a terminal, a line every REPORT_S in a log."""
+    def check_status(self, response: Any) -> None:
+        """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
+        status, said = response.status_code, f"the server answered {response.status_code}"
+        if status in (200, 206):
+            if response.headers.get("content-type", "").startswith("text/html"):
+                raise Fault("a web page came instead of the file; check CIVITAI_API_KEY", FEW_TRIES)
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise Fault("the file came compressed, which was not asked for", FEW_TRIES)
+        elif status == 429 or status >= 500:
+            wait_s = None
+            with suppress(urllib3.exceptions.InvalidHeader):
+                wait_s = urllib3.util.Retry().get_retry_after(response.raw)
+            raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
+        elif origin(response.url) != origin(self.url):
+            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
+        else:
+            said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
+            raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
 
-    def __init__(self) -> None:
-        self.expected = self.received = 0
-        self.lock = threading.Lock()
-        self.ended = threading.Event()
-
-    def __enter__(self) -> FetchProgress:
-        in_background(self.draw if sys.stderr.isatty() else self.report)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-
-    def expect(self, size: int) -> None:
-        """More bytes are to come."""
-        with self.lock:
-            self.expected += size
-
-    def got(self, size: int) -> None:
-        """Bytes came."""
-        with self.lock:
-            self.received += size
-
-    def draw(self) -> None:
-        """The bar."""
-        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False) as bar:
-            while not self.ended.wait(0.2):
-                bar.total = self.expected
-                bar.update(self.received - bar.n)
-
-    def report(self) -> None:
-        """The lines."""
-        before = 0
-        while not self.ended.wait(REPORT_S):
-            rate, before = (self.received - before) / REPORT_S, self.received
-            left = self.expected - self.received
-            if left > 0:
-                share, seconds = self.received / self.expected, left / rate if rate else math.inf
-                log.info(
-                    "models: %.0f %% of %.0f MB, %.1f MB/s, %.0f s left",
-                    *(100 * share, self.expected / MB, rate / MB, seconds),
+    def listed_sha256(self, size: float) -> str | None:
+        """The hash that Civitai publishes for the file of `size` bytes; None where it tells none."""
+        why = ""
+        for _ in range(2 if self.version else 0):
+            try:
+                url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
+                with self.store.get(url, stall_s=LISTING_S) as response, network_faults():
+                    status, body = response.status_code, response.content
+                if status == 200:
+                    return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
+                why = f"it answered {status}{self.store.said_by_civitai(response)}"
+            except Fault as fault:
+                why = str(fault)
+            except ValueError:
+                is_page = body.lstrip()[:1] == b"<"
+                why = (
+                    "a web page came" if is_page else "what came is not JSON" if body.strip() else "its answer is empty"
                 )
+            except (LookupError, TypeError, AttributeError):
+                why = "its listing has not the form that is known"
+            log.warning("%s: Civitai tells no hash: %s", self, why)
+        return None
+
+    def fetch_whole(self, part: Part) -> None:
+        """The bytes in one stream, from a server without ranges."""
+        with self.store.connections, network_faults(), self.source.whole as response:
+            for segment in count():
+                reached = self.receive(response, part, segment)
+                if reached < (segment + 1) * SEGMENT:
+                    break
+        part.size = reached if part.size == math.inf else part.size
+        if reached < part.size:
+            raise Fault("the server ended the file early")
+
+    def fetch_ranges(self, part: Part) -> None:
+        """The missing segments over many connections."""
+        running = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
+        for future in wait(running, return_when=FIRST_EXCEPTION).done:
+            future.result()
+
+    def fetch_runs(self, part: Part) -> None:
+        """Fetches segments as long as there are any; waits after a fault, and asks for a new link."""
+        while not part.given_up and (run := part.take()):
+            source = self.source
+            with self.store.connections:
+                began = time.monotonic()
+                try:
+                    self.fetch_run(part, run, source, began)
+                    continue
+                except Fault as error:
+                    fault = error
+            with part.lock:
+                part.todo.extendleft(reversed(run))
+            if not part.given_up:
+                self.store.connections.reduce(began)
+                part.ended.wait(self.patience.bear(self, fault, began))
+                self.renew(part, source)
+
+    def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
+        """One request for a run of segments; those that come leave the run."""
+        first, start = run[0], run[0] * SEGMENT
+        with network_faults(), self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
+            self.check_status(response)
+            described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
+            if not described or (int(described[1]), int(described[2])) != (start, source.size):
+                raise Fault("the server ignored a range")
+            if tag_of(response) != source.tag:
+                raise Fault("the server sent another file")
+            while run:
+                if self.receive(response, part, run[0]) < part.end(run[0]):
+                    raise Fault("the server ended a range early")
+                self.store.connections.count((run.popleft() - first + 1) * SEGMENT, time.monotonic() - began)
+
+    def receive(self, response: Any, part: Part, segment: int) -> int:
+        """Takes a segment's bytes from a body, marks it where they are all there, and returns where they end."""
+        at, start, end = segment * SEGMENT, segment * SEGMENT, part.end(segment)
+        while at < end and (block := response.raw.read(min(BLOCK, end - at), decode_content=False)):
+            part.write(at, block)
+            at += len(block)
+        if at > start and (at == end or part.size == math.inf):
+            part.mark(segment, at - start)
+            self.patience.progressed()
+        return at
+
+    def renew(self, part: Part, source: Source) -> None:
+        """Asks for a new link in place of this one, which may have expired, unless another thread has done so. Raises
+        WrongFile where it leads to another file."""
+        with self.renewing:
+            if self.source is not source or part.ended.is_set():
+                return
+            new = self.patiently(self.ask)
+            if new.whole:
+                raise Fault("the server has stopped serving ranges")
+            if (new.size, new.tag) != (source.size, source.tag):
+                raise WrongFile("has changed in mid-download")
+            self.source = new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1511,8 +1524,22 @@ def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
             str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
         )
+        scale_float8(pipe, checkpoint)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
     return pipe
+
+
+def scale_float8(pipe: Any, checkpoint: Path) -> None:
+    """Multiplies the weights of a scaled float8 checkpoint by their `scale_weight`, which diffusers leaves out."""
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
+    if not scales:
+        return
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
+    layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
+    for name, scale in scales.items():
+        weight = attrgetter(layers[name.removesuffix(".scale_weight")])(pipe).weight
+        weight.data = (weight.data.float() * scale.float()).to(weight.dtype)
 
 
 def compile_unet(pipe: Any, backend: str = "inductor") -> None:
@@ -1580,73 +1607,374 @@ def is_black(pixels: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRAs
 
-# A LoRA adds scale * alpha / rank * up @ down to a weight. The stack is merged into the weights: nine PEFT adapters
-# turn the 1,870 kernels of a UNet forward into 27,851. Reading the files' many formats stays diffusers' business.
+# Whatever a file's names, kinds and ways of scaling, it is read into Shares: what it adds to single tensors of the
+# checkpoint, by the formulas of lycoris-lora and PEFT. The stack is merged into the weights: nine PEFT adapters turn
+# the 1,870 kernels of a UNet forward into 27,851.
 
-LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-LORA_KEY = re.compile(r"[._](lora_(down|up)|lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up))\.weight$|\.alpha$")
-OTHER_KINDS = {  # part of a tensor's name -> what only that kind of file has
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "Tucker-decomposed LoCon (lora_mid)",
-    "oft_": "OFT",
-    ".diff": "full-difference",
-    "lora_B.bias": "bias",
+LORA_COMPONENTS = {  # component -> how the names of its layers begin in files, with "_" for each "."
+    "unet": ("lora_unet_", "lycoris_", "unet_", "diffusion_model_", "base_model_model_", "base_model_model_unet_", ""),
+    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_", "clip_l_"),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_", "clip_g_"),
 }
-JOB_BYTES = 12 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
+LORA_PART = re.compile(  # how a tensor's name ends: which part of its layer it is
+    r"(.+)[._](?:lora(?:_linear_layer)?[._](up|down|mid|A|B)(?:\.default)?\.weight|lora_(magnitude_vector)(?:\.weight)?"
+    r"|(alpha|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|w_norm|diff_b|b_norm))"
+)
+LORA_PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # the same parts by other names
+RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # the first of them that a layer has tells its rank
+OTHER_KINDS = {  # found in the list of a file's tensors, lines such as "name [4, 4]" -> what the file is
+    r"boft_|oft_blocks \[\d+, \d+, \d+, \d+\]": "a BOFT network",
+    r"oft_(blocks|diag|[rR]\b)": "an OFT network",
+    r"\.([ab][12]|bm[12])\.weight ": "a GLoRA network",
+    r"\.on_input |\bia3_": "an IA³ network",
+    r"^lora_controlnet |zero_convs|input_hint_block|controlnet_|lllite_": "a ControlNet or control-LoRA",
+    r"^(clip_[lg]|emb_params|string_to_param\S*) ": "a textual-inversion embedding",
+    r"^(first_stage_model|conditioner|cond_stage_model|model\.diffusion_model)\.": "a checkpoint",
+}
+OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
+    r"(double|single)_blocks[._]|single_transformer_blocks[._]": "a LoRA for Flux or a model of its kind",
+    r"joint_blocks[._]|[._]attn[._]add_[qkv]_proj": "a LoRA for Stable Diffusion 3 or a model of its kind",
+    r"(?<!encoder)[._](transformer_blocks|blocks|layers)[._]\d+[._](self_|cross_)?attn[._]": "a LoRA of a transformer",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 768\b": "a LoRA for Stable Diffusion 1",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 1024\b": "a LoRA for Stable Diffusion 2",
+    r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
+}
+JOB_BYTES = 6 * GIB  # stays free on the GPU for the largest jobs, which take 4.9 GiB above the weights
 
 
 class BadLora(Exception):
     """Why a file cannot go into the stack, in words for a client."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A LoRA's share in one weight: the job's scale * scaling * up @ down."""
+# kinds
 
-    up: Any  # (rows, rank); of a convolution (rows, rank, 1, 1)
-    down: Any  # (rank, columns); of a convolution (rank, channels, kernel, kernel)
+
+def low_rank(parts: Mapping[str, Any]) -> Any:
+    """LoRA and LoCon: up (rows, rank, 1, 1) times down (rank, columns, kernel, kernel)."""
+    return parts["up"].flatten(1) @ parts["down"].flatten(1)
+
+
+def hadamard(parts: Mapping[str, Any]) -> Any:
+    """LoHa: two products, multiplied number by number."""
+    first = product(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
+    return first * product(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+
+
+def kronecker(parts: Mapping[str, Any]) -> Any:
+    """LoKr: the Kronecker product of two matrices, each whole or factored; a convolution's kernel is the second's."""
+    w1 = parts["lokr_w1"] if "lokr_w1" in parts else product(parts["lokr_w1_a"], parts["lokr_w1_b"])
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    else:
+        w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
+
+
+def product(a: Any, b: Any, core: Any = None) -> Any:
+    """a (rows, rank) times b (rank, columns); with a Tucker core (rank, rank, kernel, kernel) a is (rank, rows)."""
+    return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
+
+
+LORA_KINDS = {  # how the names of the parts begin -> their kind; else it is low_rank
+    "hada": hadamard,
+    "lokr": kronecker,
+    "diff": itemgetter("diff"),  # differences of whole weights, norms and biases are the change itself
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a file adds to one weight or bias of the checkpoint at scale 1."""
+
+    kind: Callable[[Mapping[str, Any]], Any]  # its parts -> the change, but for the scaling
+    parts: Mapping[str, Any]
     scaling: float  # alpha / rank
+    magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
+
+    def to(self, device: Any) -> Share:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, magnitude=magnitude)
+
+    def change(self, original: Any) -> Any:
+        """The change in float32, for the checkpoint's own tensor in float32; all on one device."""
+        parts = {name: part.float() for name, part in self.parts.items()}
+        change = self.scaling * self.kind(parts).reshape(original.shape)
+        if self.magnitude is None:
+            return change
+        turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
+        norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
+        return (
+            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
+        )
+
+
+@functools.lru_cache
+def change_shape(kind: Callable[..., Any], shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """The shape of the change that parts of these shapes make up; torch tries it without numbers."""
+    return kind({name: torch.empty(shape, device="meta") for name, shape in shapes}).shape
+
+
+# files
+
+
+def ldm_names(unet: Any) -> dict[str, str]:
+    """diffusers' name of each layer -> its name in the original (LDM) layout, in which most LoRAs are written:
+    "down_blocks.1.resnets.0.conv1" -> "input_blocks.4.0.in_layers.2".
+
+    diffusers only converts in the other direction: it is given every name that a block could hold.
+    """
+    resnet = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+    attention = {name.partition(".attentions.")[2][2:] for name, _ in unet.named_modules() if ".attentions." in name}
+    blocks = [f"{side}_blocks.{n}" for side in ("input", "output") for n in range(9)]
+    names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"]
+    names += [f"{block}.0.{layer}" for block in (*blocks, "middle_block") for layer in (*resnet, "op")]
+    names += [f"{block}.1.{layer}" for block in (*blocks, "middle_block") for layer in attention]
+    names += [f"middle_block.2.{layer}" for layer in resnet] + [f"{block}.2.conv" for block in blocks]
+    tensors = {f"model.diffusion_model.{name}.{end}": name for name in names for end in ("weight", "bias")}
+    converted = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(tensors, unet.config)
+    return {name.removesuffix(".weight"): original for name, original in converted.items()}
+
+
+def layer_spellings(pipe: Any) -> dict[str, str]:
+    """Every way to write a layer's name, with "_" for each "." -> the layer, "unet.mid_block.attentions.0.proj_in"."""
+    originals, spellings = ldm_names(pipe.unet), {}
+    for component, prefixes in LORA_COMPONENTS.items():
+        for name, module in getattr(pipe, component).named_modules():
+            if getattr(module, "weight", None) is None:
+                continue
+            old = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", name).replace("to_out.0", "to_out")
+            for spelled in {name, old, originals.get(name, name)}:
+                spellings |= {prefix + spelled.replace(".", "_"): f"{component}.{name}" for prefix in prefixes}
+    return spellings
+
+
+def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict[str, Share], dict, list[str]]:
+    """A file's shares, "unet.mid_block.attentions.0.proj_in.weight" -> Share; its bundled embeddings as they are, name
+    -> {"clip_l": (n, 768), "clip_g": (n, 1280)}; warnings. spellings are layer_spellings(pipe). Raises BadLora."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            configs = peft_configs(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadLora("the file is damaged or not a safetensors file") from error
+    refuse(tensors, OTHER_KINDS)
+    changes, unknown, embeddings = sort_tensors(tensors, spellings)
+    if not changes:
+        if not any(map(LORA_PART.fullmatch, tensors)):
+            raise BadLora("the file holds no LoRA weights")
+        refuse(tensors, OTHER_MODELS)
+        raise BadLora(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
+    total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
+    changed = {name: attrgetter(name)(pipe) for name in changes}
+    unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
+    for name, tensor in changed.items():
+        try:
+            shares[name] = None if tensor is None else read_share(name, changes[name], tensor.shape, configs)
+        except KeyError as part:
+            raise BadLora(f"its layer {name} lacks the part {part}") from part
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            refuse(tensors, OTHER_MODELS)
+            raise BadLora(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
+    warnings = []
+    if unknown:
+        such = f"such as {min(unknown)[:80]!r}"
+        warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
+    return {name: share for name, share in shares.items() if share}, embeddings, warnings
+
+
+def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Raises BadLora where a row of the table says what the file is."""
+    listing = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    for pattern, what in kinds.items():
+        if re.search(pattern, listing, re.MULTILINE):
+            raise BadLora(f"the file is {what}: only LoRA, LoHa, LoKr, DoRA and difference files for SDXL can be used")
+
+
+def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[dict, set[str], dict]:
+    """A file's tensors by what they change, "unet.conv_in.weight" -> part -> tensor; the names of layers that SDXL
+    lacks; the tensors of bundled embeddings, name -> part -> tensor. Raises BadLora for what could only be guessed."""
+    changes, unknown, bundled = {}, set(), {}
+    for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):
+            name, _, part = key.removeprefix("bundle_emb.").partition(".")
+            bundled.setdefault(name, {})[part] = tensor
+            continue
+        found = LORA_PART.fullmatch(key.replace(".processor.", "."))  # "attn1.processor.to_q_lora.up.weight"
+        spelled, part = (found[1], found[found.lastindex]) if found else (key, "")
+        part, layer = LORA_PARTS.get(part, part), spellings.get(spelled.replace(".", "_"))
+        if found and layer:
+            name, part = (f"{layer}.bias", "diff") if part == "diff_b" else (f"{layer}.weight", part)
+            if changes.setdefault(name, {}).setdefault(part, tensor) is not tensor:
+                raise BadLora(f"the file holds {name} twice, under two names")
+        elif not found and any(key[: dot.start()].replace(".", "_") in spellings for dot in re.finditer(r"\.", key)):
+            raise BadLora(f"the file holds weights of an unknown kind, such as {key[:80]!r}")
+        else:
+            unknown.add(spelled)
+    return changes, unknown, bundled
+
+
+def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping[str, Any]) -> Share | None:
+    """A file's share in a tensor of this name and shape; None for rank 0. configs are PEFT's, for each component.
+
+    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
+    ValueError, where the parts do not make up that shape.
+    """
+    parts = {part: usable(tensor) for part, tensor in parts.items()}
+    component, _, layer = name.removesuffix(".weight").partition(".")
+    rank = next((len(parts[part]) for part in RANK_PARTS if part in parts), None)
+    if rank == 0:
+        return None
+    scaling, alpha, config = 1.0, parts.pop("alpha", None), configs.get(component)
+    if rank and alpha is not None:
+        scaling = float(alpha) / rank
+    elif rank and config:
+        alpha = config.alpha_pattern.get(
+            peft.utils.other.get_pattern_key(config.alpha_pattern, layer), config.lora_alpha
+        )
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    magnitude = parts.pop("dora_scale", None)  # (rows, 1, ...) or (1, columns, ...)
+    if magnitude is not None:
+        magnitude = magnitude.flatten(1) if len(magnitude) == 1 else magnitude.flatten()
+    if "magnitude_vector" in parts or (config and config.use_dora):
+        magnitude = parts.pop("magnitude_vector").flatten()  # (rows,), or (1, rows, 1, 1) of a convolution
+    kind, *others = {LORA_KINDS.get(part[:4], low_rank) for part in parts} or {low_rank}
+    if others:
+        raise BadLora(f"its layer {name} is of several kinds at once")
+    if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
+        down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
+        parts["down"] = down
+    made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
+    fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
+    if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
+        raise ValueError("another shape")
+    return Share(kind, parts, scaling, magnitude)
+
+
+def usable(tensor: Any) -> Any:
+    """The tensor in a type that torch can compute with. Raises BadLora for NaN and infinite numbers."""
+    if not tensor.is_floating_point():
+        raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
+    tensor = tensor.half() if tensor.element_size() == 1 else tensor  # float8: float16 holds it exactly
+    if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # 20 times as fast as isfinite, and keeps NaN
+        raise BadLora("the file holds NaN or infinite numbers")
+    return tensor
+
+
+def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadLora."""
+    configs = {}
+    try:
+        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+            component, _, name = key.partition(".")
+            if name in peft.LoraConfig.__dataclass_fields__:  # newer versions of PEFT write more
+                configs.setdefault(component, {})[name] = value
+        return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadLora("its PEFT configuration cannot be read") from error
+
+
+# the stack
 
 
 @dataclass
 class Target:
-    """A weight that LoRAs of the stack change."""
+    """A weight or bias that LoRAs of the stack change."""
 
     module: Any
-    original: Any  # the weight as in the checkpoint; never written to
-    factors: dict[str, Factors] = field(default_factory=dict)  # adapter name -> its share
+    name: str  # "weight" or "bias"
+    original: Any  # as in the checkpoint; never written to
+    shares: dict[str, Share] = field(default_factory=dict)  # adapter name -> its share
+    apart: bool = False  # whether the original has a place of its own
+    up: Any = None  # (rows, ranks) and (ranks, columns): the plain shares, joined
+    down: Any = None
+
+    def plain(self, scales: Iterable[str]) -> dict[str, Share]:
+        """The shares of these adapters that are products of two matrices, whatever the weight."""
+        shares = {name: share for name, share in self.shares.items() if name in scales}
+        return {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
+
+    def settle(self, on_gpu: bool) -> None:
+        """Parts the original from the tensor that is going to be changed, and joins the plain shares, so that a change
+        of the stack takes one product for all of them."""
+        tensor = getattr(self.module, self.name)
+        if on_gpu and not self.apart:
+            self.original = tensor.detach().clone()
+        elif tensor.data_ptr() == self.original.data_ptr():
+            half = tensor.detach().half()
+            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
+                self.original = half  # exact: float32 pipelines too come from float16 files
+            else:
+                tensor.data = tensor.detach().clone()
+        self.apart = True
+        self.shares = {name: share.to(self.original.device) for name, share in self.shares.items()}
+        if plain := self.plain(self.shares):
+            self.up = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], 1)
+            self.down = torch.cat([share.parts["down"].flatten(1) for share in plain.values()])
+            ranks = [len(share.parts["down"]) for share in plain.values()]
+            for name, up, down in zip(plain, self.up.split(ranks, 1), self.down.split(ranks), strict=True):
+                self.shares[name] = replace(plain[name], parts={"up": up, "down": down})
+
+    def merge(self, scales: Mapping[str, float], rank_scales: Any, device: Any) -> None:
+        """tensor = original + what the LoRAs add, summed in float32 and rounded once; rank_scales (ranks,) are those of
+        the plain shares. In place, since torch.compile and hooks hold on to the tensor."""
+        tensor, original, change = getattr(self.module, self.name), self.original.to(device), None
+        plain = self.plain(scales)
+        if plain:
+            up, down = self.up, self.down
+            if len(rank_scales) < len(down):
+                up = torch.cat([share.parts["up"] for share in plain.values()], 1)
+                down = torch.cat([share.parts["down"] for share in plain.values()])
+            change = ((up.to(device) * rank_scales) @ down.to(device).float()).view_as(original)
+        for name, share in self.shares.items():
+            if name in scales and name not in plain:
+                more = scales[name] * share.to(device).change(original.float())
+                change = more if change is None else change + more
+        if change is None:
+            tensor.copy_(original)
+        elif original.device == tensor.device:
+            torch.add(original, change, out=tensor)
+        else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
+            tensor.copy_((original + change).to(tensor.dtype))
 
 
 class LoraStack:
     """LoRAs merged into a pipeline's weights, so that a job runs exactly the operations of the bare checkpoint.
 
-    `failed` says which files cannot be used, and why: nothing of them is in any weight. `applied` is what is in the
-    weights now, adapter name -> scale.
+    `failed` says which files cannot be used, and why: nothing of them is in any weight. `warnings` says what the others
+    hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now, adapter name ->
+    scale.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         """Reads all files, adapter name -> path. Best before the pipeline leaves host memory: see settle()."""
-        self.pipe = pipe
+        self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
+        self.warnings: dict[str, list[str]] = {}
+        self.embeddings: dict[str, dict[str, dict[str, Any]]] = {}  # adapter name -> embedding's name -> part -> tensor
         self.applied: dict[str, float] = {}
         self.adapters: set[str] = set()  # what can be applied
         self.targets: dict[str, Target] = {}
         self.settled = False
-        modules = lora_modules(pipe)
         for adapter, file in files.items():
-            try:
-                shares = read_lora(pipe, file, modules)
-            except BadLora as reason:
-                self.failed[adapter] = str(reason)
-                log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-                continue
-            self.adapters.add(adapter)
-            for name, factors in shares.items():
-                target = self.targets.setdefault(name, Target(modules[name], modules[name].weight.detach()))
-                target.factors[adapter] = factors
+            self.add(adapter, file)
+
+    def add(self, adapter: str, file: Path) -> None:
+        """Reads a file into the stack, or notes in `failed` why it cannot be used."""
+        try:
+            shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
+        except BadLora as reason:
+            self.failed[adapter] = str(reason)
+            log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
+            return
+        self.adapters.add(adapter)
+        for warning in self.warnings[adapter]:
+            log.warning("LoRA %s: %s", adapter, warning)
+        for name, share in shares.items():
+            layer, _, end = name.rpartition(".")
+            target = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
+            self.targets.setdefault(name, target).shares[adapter] = share
+        self.settled = False
 
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
@@ -1660,15 +1988,15 @@ class LoraStack:
         if unknown := wanted.keys() - self.adapters:
             raise KeyError(*unknown)
         changed = {name for name in self.adapters if wanted.get(name) != self.applied.get(name)}
+        targets = [target for target in self.targets.values() if not changed.isdisjoint(target.shares)]
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
             if not self.settled:
                 self.settle()
-            # NaN equals no scale: after a change that fails half-way the next one writes every weight anew
+            # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
             self.applied = dict.fromkeys(self.adapters, math.nan)
-            for target in self.targets.values():
-                if not changed.isdisjoint(target.factors):
-                    merge(target, wanted, device)
+            for target, rank_scales in zip(targets, scale_ranks(targets, wanted, device), strict=True):
+                target.merge(wanted, rank_scales, device)
         self.applied = wanted
         return True
 
@@ -1676,145 +2004,24 @@ class LoraStack:
         """Gives the originals a place of their own before the first change: on the GPU where the largest jobs fit
         beside them, else in host memory, where a float16 pipeline's are pages of the checkpoint file itself."""
         targets = self.targets.values()
-        size = sum(t.original.nbytes + sum(f.up.nbytes + f.down.nbytes for f in t.factors.values()) for t in targets)
+        size = sum(part.nbytes for t in targets for share in t.shares.values() for part in share.parts.values())
+        size += sum(target.original.nbytes for target in targets)
         on_gpu = self.pipe.device.type == "cuda" and torch.cuda.mem_get_info()[0] - size >= JOB_BYTES
         for target in targets:
-            keep_original(target, on_gpu)
+            target.settle(on_gpu)
         self.settled = True
         where = "on the GPU" if on_gpu else "in host memory"
-        log.info("LoRA stack: %d weights; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
+        log.info("LoRA stack: %d tensors; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
 
 
-def keep_original(target: Target, on_gpu: bool) -> None:
-    """Parts the original from the weight that is going to be changed."""
-    weight = target.module.weight
-    if on_gpu:
-        target.original = weight.detach().clone()
-        for adapter, factors in target.factors.items():
-            up, down = factors.up.to(weight.device), factors.down.to(weight.device)
-            target.factors[adapter] = Factors(up, down, factors.scaling)
-    elif weight.data_ptr() == target.original.data_ptr():
-        half = weight.detach().half()
-        if weight.dtype == torch.float32 and torch.equal(half.float(), weight):
-            target.original = half  # float32 pipelines too come from float16 files: half the memory holds them exactly
-        else:
-            weight.data = weight.detach().clone()
-
-
-def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
-    """weight = original + all LoRAs, summed in float32 by one matrix product and rounded once."""
-    weight = target.module.weight
-    shares = [(factors, scales[name] * factors.scaling) for name, factors in target.factors.items() if name in scales]
-    if not shares:
-        weight.copy_(target.original)
-        return
-    # to(device) first: a copy that converts as well would convert on the CPU, and move twice the bytes
-    original = target.original.to(device).float().flatten(1)  # (rows, columns)
-    up = torch.cat([factors.up.to(device).float().flatten(1) * scale for factors, scale in shares], 1)  # (rows, ranks)
-    down = torch.cat([factors.down.to(device).float().flatten(1) for factors, _ in shares])  # (ranks, columns)
-    merged = torch.addmm(original, up, down).to(weight.dtype)
-    weight.copy_(merged.view_as(weight))  # in place: torch.compile and hooks hold on to it
-
-
-def lora_modules(pipe: Any) -> dict[str, Any]:
-    """The layers that a LoRA can change, "unet.mid_block.attentions.0.proj_in" -> module."""
-    return {
-        f"{component}.{name}": module
-        for component in LORA_COMPONENTS
-        for name, module in getattr(pipe, component).named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    }
-
-
-def read_lora(pipe: Any, file: Path, modules: Mapping[str, Any]) -> dict[str, Factors]:
-    """A file in Kohya's, PEFT's or diffusers' format -> module name -> Factors. Raises BadLora.
-
-    The conversion of names and alphas is diffusers' own. Its load_lora_weights goes on to inject an adapter, where
-    PEFT compares every module with every name: 3 s a file, more with each.
-    """
-    try:
-        with safetensors.safe_open(file, "pt") as tensors:
-            check_keys(list(tensors.keys()))
-        state, alphas, metadata = pipe.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            use_safetensors=True,
-            local_files_only=True,
-            unet_config=pipe.unet.config,
-            return_lora_metadata=True,
-        )
-        shares: dict[str, Factors] = {}
-        for component in LORA_COMPONENTS:
-            shares |= component_factors(component, state, alphas, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BadLora("the file is damaged or not a safetensors file") from error
-    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise BadLora("made for another base model: its layers are not named like SDXL's") from error
-    if unknown := len(state) // 2 - len(shares.keys() & modules.keys()):
-        raise BadLora(f"made for another base model: {unknown} of its {len(state) // 2} layers are not in SDXL")
-    for name, factors in shares.items():
-        check_factors(name, factors, modules[name].weight)
-    return shares
-
-
-def check_keys(keys: list[str]) -> None:
-    """Raises BadLora unless the tensors' names are those of a plain LoRA, each with its other half."""
-    other = [key for key in keys if not LORA_KEY.search(key)]
-    for part, kind in OTHER_KINDS.items():
-        if any(part in key for key in other):
-            raise BadLora(f"{kind} weights are not supported: without them the LoRA would draw something else")
-    halves = Counter(LORA_KEY.sub("", key) for key in keys if LORA_KEY.search(key) and not key.endswith(".alpha"))
-    if not halves:
-        raise BadLora("the file holds no LoRA weights")
-    if other:
-        raise BadLora(f"the file holds weights that are not a LoRA's, such as {other[0][:80]!r}")
-    if lonely := [layer for layer, count in halves.items() if count != 2]:
-        raise BadLora(f"one half of {len(lonely)} of its {len(halves)} layers is missing")
-
-
-def component_factors(component: str, state: Mapping[str, Any], alphas: Any, metadata: Any) -> dict[str, Factors]:
-    """The part of a LoRA that changes one component, as diffusers and PEFT read it: alpha is the layer's own where
-    PEFT's rules find one, else the file's commonest, else the rank."""
-    tensors = {key: tensor for key, tensor in state.items() if key.startswith(f"{component}.")}
-    if not tensors:
-        return {}
-    if component == "unet":
-        tensors = diffusers.utils.convert_unet_state_dict_to_peft(tensors)
-    else:
-        tensors = diffusers.utils.convert_state_dict_to_diffusers(tensors)
-        tensors = diffusers.utils.convert_state_dict_to_peft(tensors)
-    downs = {key.removesuffix(".lora_A.weight"): tensor for key, tensor in tensors.items() if ".lora_A." in key}
-    ranks = {name: down.shape[0] for name, down in downs.items()}
-    if metadata:  # written by diffusers from 0.34 on
-        config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
-    else:
-        own = {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(f"{component}.")}
-        config = diffusers.utils.get_peft_kwargs(ranks, own, tensors, is_unet=component == "unet")
-    scalings = {name: layer_alpha(config, name, bool(metadata)) / rank for name, rank in ranks.items()}
-    return {name: Factors(tensors[f"{name}.lora_B.weight"], down, scalings[name]) for name, down in downs.items()}
-
-
-def layer_alpha(config: Mapping[str, Any], name: str, patterns: bool) -> float:
-    """The alpha of a layer; in a configuration of PEFT's own, alpha_pattern is one of regular expressions."""
-    key = peft.utils.other.get_pattern_key(config["alpha_pattern"], name.partition(".")[2]) if patterns else name
-    return config["alpha_pattern"].get(key, config["lora_alpha"])
-
-
-def check_factors(name: str, factors: Factors, weight: Any) -> None:
-    """Raises BadLora unless up @ down has the weight's shape and only finite numbers."""
-    up, down = factors.up, factors.down
-    rows, *columns = weight.shape
-    rank = down.numel() // math.prod(columns)
-    if not rank or up.shape != (rows, rank, *[1] * len(columns[1:])) or down.shape != (rank, *columns):
-        found = f"{tuple(up.shape)} x {tuple(down.shape)}"
-        raise BadLora(f"made for another base model: {name} is {found} in it, and {tuple(weight.shape)} in SDXL")
-    for tensor in (up, down):
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
-        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # 20 times as fast as isfinite, and keeps NaN
-            raise BadLora("the file holds NaN or infinite numbers")
-    if not math.isfinite(factors.scaling):
-        raise BadLora("the file holds an alpha that is no finite number")
+def scale_ranks(targets: Iterable[Target], scales: Mapping[str, float], device: Any) -> tuple[Any, ...]:
+    """For each target (ranks,): scale * alpha / rank for each rank of its plain shares; one copy moves them all."""
+    plain = [target.plain(scales) for target in targets]
+    values = [scales[name] * share.scaling for shares in plain for name, share in shares.items()]
+    ranks = [[len(share.parts["down"]) for share in shares.values()] for shares in plain]
+    joined = torch.tensor(values, dtype=torch.float32)
+    joined = joined.repeat_interleave(torch.tensor([rank for row in ranks for rank in row], dtype=torch.long))
+    return joined.to(device).split([sum(row) for row in ranks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2379,44 +2586,38 @@ def raise_gpu_failure(error: Exception) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 #
-# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
-# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
-# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
-# float32 (n, 4, height/8, width/8) on the UNet's device.
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them (Karras et al., arXiv:2206.00364). σ is the
+# standard deviation of the noise in x = image + σ·noise: a float32 tensor without dimensions on the CPU, so that the
+# arithmetic is k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting. x, denoised
+# and noise are float32 (n, 4, height/8, width/8) on the UNet's device.
 
-Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler: yields (x, σ), is sent denoised, returns the last x
 Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
 
-# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
+# samplers, each after k-diffusion's function of that name (sampling.py)
 
 
-def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
-    for sigma, following in pairwise(sigmas):
-        denoised = yield x, sigma
-        x = x + (x - denoised) / sigma * (following - sigma)
-    return x
-
-
-def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+def ancestral_step(sigma: Any, following: Any, eta: float = 1.0) -> tuple[Any, Any]:
     """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    if not eta:
+        return following, 0.0
     up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
     return (following**2 - up**2) ** 0.5, up
 
 
-def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """Euler steps down, then noise up."""
+def sample_euler(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """sample_euler; with eta 1 sample_euler_ancestral: down further, then noise up."""
     for sigma, following in pairwise(sigmas):
         denoised = yield x, sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         x = x + (x - denoised) / sigma * (down - sigma)
-        if following > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
 
 def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
         end = x + slope * (following - sigma)
@@ -2443,29 +2644,17 @@ def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
     return x
 
 
-def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """A step with the slope at its middle in log σ."""
+def sample_dpm_2(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """A step with the slope at its middle in log σ; with eta 1 sample_dpm_2_ancestral."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
-        if following > 0:
-            middle = sigma.log().lerp(following.log(), 0.5).exp()
-            half = x + slope * (middle - sigma)
-            slope = (half - (yield half, middle)) / middle
-        x = x + slope * (following - sigma)
-    return x
-
-
-def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """sample_dpm_2 down, then noise up."""
-    for sigma, following in pairwise(sigmas):
-        slope = (x - (yield x, sigma)) / sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         if down > 0:
             middle = sigma.log().lerp(down.log(), 0.5).exp()
             half = x + slope * (middle - sigma)
             slope = (half - (yield half, middle)) / middle
         x = x + slope * (down - sigma)
-        if down > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
@@ -2684,8 +2873,8 @@ def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
 
 
 def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
-    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = …, 1 + 1000 // steps, 1. As there, 24 steps are 24, and 20,
+    which divide 1000, are 19; one step, of which nothing would be left, goes from the highest σ to 0."""
     times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
     return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
 
@@ -2726,11 +2915,11 @@ class Sampler:
 
 SAMPLERS = {
     "Euler": Sampler(sample_euler),
-    "Euler a": Sampler(sample_euler_ancestral),
+    "Euler a": Sampler(functools.partial(sample_euler, eta=1)),
     "Heun": Sampler(sample_heun),
     "LMS": Sampler(sample_lms),
     "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
-    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(functools.partial(sample_dpm_2, eta=1), "Karras", drops_next_to_last=True),
     "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
     "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
     "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
@@ -2741,7 +2930,7 @@ SAMPLERS = {
     "LCM": Sampler(sample_lcm, every=20),
     # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
     "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
-    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(functools.partial(sample_euler, eta=1), uniform=leading, starts_at_sigma=False),
 }
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
@@ -2756,8 +2945,8 @@ DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
     "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-# A1111's samplers that are not here, and what comes nearest
-NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
+# samplers of A1111 and of the official worker that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM++ 2M", "DPM adaptive": "DPM++ 2M Karras", "Restart": "Heun Karras", "KLMS": "LMS"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
 
 
@@ -2777,8 +2966,8 @@ class Sampling:
 def spelling(name: str) -> str:
     """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
     "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
-    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
-    return name.removesuffix("gpu")
+    name = re.sub(r"[\s_-]+", "", name.lower())
+    return name.replace("++", "pp").replace("ancestral", "a").replace("sdegpu", "sde")
 
 
 @functools.cache
@@ -2786,8 +2975,9 @@ def spelled_samplings() -> dict[str, Sampling]:
     """spelling -> what it chooses, for every name that is understood."""
     known = {}
     for name, sampler in SAMPLERS.items():
-        schedules = {schedule: schedule for schedule in SCHEDULES}
-        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        schedules = {"": "Uniform", "Automatic": sampler.automatic}
+        if sampler.uniform is not leading:
+            schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
         known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
     for name in DIFFUSERS_SAMPLERS:
         known |= {spelling(name): Sampling(name, "")}
@@ -2803,21 +2993,21 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
     -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
     field and the nearest names.
     """
-    for text in (sampler, schedule or ""):
+    schedule = "" if schedule is None else schedule
+    for text in (sampler, schedule):
         if not isinstance(text, str):
             raise InvalidInput(f"{field} must be text, got {shown(text)}")
-    given = f"{sampler} {schedule or ''}".strip()
+    given = f"{sampler} {schedule}".strip()
     known, spelled = spelled_samplings(), spelling(given)
-    alone = known.get(spelling(sampler))
-    if schedule and alone and spelled not in known and spelling(schedule) in (spelling(alone.schedule), "automatic"):
-        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
     if spelled in known:
         return known[spelled]
-    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
-    if not nearest_names:
-        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
-        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
-    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        return alone  # "DPM++ 2M Karras" has its schedule already
+    close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+    names = [str(alone)] * bool(alone) + [str(known[key]) for key in close] or [DEFAULT_SCHEDULER, "Euler a"]
+    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))] or names
+    hint = ", ".join(f'"{name}"' for name in list(dict.fromkeys(names))[:3])
     raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
 
 
@@ -2921,6 +3111,22 @@ def drawn_ahead(
 # the loop
 
 
+def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """The σ of each network call, the (σ, next σ) of each noise: no picture changes them, so a run on 0 tells."""
+    asked: list[tuple[Any, Any]] = []
+
+    def noise(sigma: Any, following: Any) -> float:
+        asked.append((sigma, following))
+        return 0.0
+
+    running = run(torch.zeros(()), sigmas, noise)
+    network_sigmas = [next(running)[1]]
+    with suppress(StopIteration):
+        while True:
+            network_sigmas.append(running.send(torch.zeros(()))[1])
+    return network_sigmas, asked
+
+
 class Scheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
 
@@ -2938,21 +3144,10 @@ class Scheduler:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         first = self.sigmas[0]
         self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
-        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
-        self.noise_requests: list[tuple[Any, Any]] = []
-        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
-        self.network_sigmas, call = [], next(rehearsal)
-        with suppress(StopIteration):
-            while True:
-                self.network_sigmas.append(call[1])
-                call = rehearsal.send(torch.zeros(()))
+        self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)
         self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
         self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
         self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
-
-    def _note_request(self, sigma: Any, following: Any) -> float:
-        self.noise_requests.append((sigma, following))
-        return 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
         """Begins a run."""
@@ -3845,8 +4040,9 @@ def describe(
     request: JobRequest, engine: Engine, loras: Mapping[str, float], conditioning: Conditioning
 ) -> dict[str, Any]:
     """The answer's metadata, apart from times."""
-    settings, failed = engine.settings, engine.stack.failed
-    left_out = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
+    of_loras = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    of_loras += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
     return request.described() | {
         "seeds": request.seeds,
         "prompt_chunks": conditioning.prompt_chunks,
@@ -3856,7 +4052,7 @@ def describe(
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
         "loras": [{"name": name, "scale": scale} for name, scale in loras.items()],
         "loras_failed": [{"name": name, "error": reason} for name, reason in failed.items()],
-        "warnings": [*request.warnings, *conditioning.warnings, *left_out],
+        "warnings": [*request.warnings, *conditioning.warnings, *of_loras],
     }
 
 
@@ -3869,15 +4065,16 @@ def free_memory(engine: Engine) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# entry
+# queue
 
-POLL_S = 90  # RunPod holds a job-take open for less; the SDK's own limit
+POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a job-take, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit
 POLL_PAUSES_S, POLL_PAUSE_S = {204: 0.1, 400: 0.1, 429: 5.0}, 1.0
-LAST_POLL_S = 2  # how long an idle worker's open poll outlives SIGTERM
+POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
 PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
+HEARTBEAT_PAUSE_S = 1  # before a heartbeat that ended is started again
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -3885,45 +4082,43 @@ def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
     with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
-        start_heartbeat(state)
-        loop = JobLoop(run_job, in_background(set_up))
-        take_over(load_sdk(state), loop)
+        jobs = JobLoop(run_job, in_background(warm_up))
+        sdk = load_sdk(state)
+        # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
+        sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve(state))
+        sdk.rp_ping.Heartbeat._process_started = True  # JobLoop keeps one
         runpod.serverless.start({"handler": handler})
     sys.stdout.flush()
     os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
 
 
-def start_heartbeat(state: str) -> None:
-    """The SDK's heartbeat in a process that ends with this one, forked while there are no threads, models or CUDA.
-
-    SDK 1.7.13 forks it after the models were loaded, and it outlives a kill -9, pinging the dead job's id for ever.
-    """
-    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
-    worker = os.getpid()
-    if not all(map(os.environ.get, needed)) or os.fork():
-        return
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == worker:
-            load_sdk(state).rp_ping.Heartbeat().ping_loop()
-    finally:
-        os._exit(1)
+def warm_up() -> int:
+    """Loads the models and draws a first image, or raises WorkerError; returns how many jobs the worker may hold."""
+    settings = Settings.from_environ()
+    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
+    files += [settings.lora_dir / config["filename"] for config in settings.loras]
+    with as_setup_failure("the model store cannot be written to: check MODEL_CACHE_DIR"):
+        for folder in {file.parent for file in files if not file.is_file()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    engine = WORKER.engine()
+    with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
+        side = 1024 if torch.cuda.is_available() else 256
+        request = JobRequest.parse({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
+        images, _ = generate(engine, request, Timings(), Observer())
+    encode_images(images, [""], request.image_format)
+    return settings.jobs_in_flight
 
 
 def import_sdk() -> None:
-    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, which takes 1.2 s of a
-    core, for a debug output of its own."""
+    """Imports runpod in a third of the time: 1.7.13 looks up the processor's name meanwhile, 1.2 s of a core."""
     importlib.import_module("cpuinfo").get_cpu_info = dict  # without a name in it
     importlib.import_module("runpod")
 
 
 def load_sdk(state: str) -> Any:
-    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`.
-
-    SDK 1.7.13 keeps them in the working directory: a worker killed there waits for its dead jobs for ever.
-    """
+    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`. SDK 1.7.13 keeps them
+    in the working directory: a worker killed there waits for its dead jobs for ever."""
     import_sdk()
     modules = runpod.serverless.modules
     in_progress = modules.worker_state.JobsProgress
@@ -3932,230 +4127,167 @@ def load_sdk(state: str) -> Any:
     return modules
 
 
-def take_over(sdk: Any, loop: JobLoop) -> None:
-    """Makes the SDK's start() run our loop, without a second heartbeat."""
+async def keep_heartbeat(state: str) -> None:
+    """Runs send_heartbeats in a process of its own, and starts it again whenever it ends.
 
-    class Scaler(sdk.rp_scale.JobScaler):
-        def start(self) -> None:
-            """Instead of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop."""
-            asyncio.run(loop.serve())
-
-    sdk.rp_scale.JobScaler = Scaler
-    sdk.rp_ping.Heartbeat._process_started = True
-
-
-def set_up() -> int:
-    """Makes the worker ready, or raises WorkerError; returns how many jobs it may hold."""
-    settings = Settings.from_environ()
-    check_store(settings)
-    engine = WORKER.engine()
-    with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
-        side = 1024 if torch.cuda.is_available() else 256
-        warm_up = {"prompt": "warm-up", "seed": 0, "steps": 2, "width": side, "height": side}
-        request = JobRequest.parse(warm_up, settings)
-        images, _ = generate(engine, request, Timings(), Observer())
-    encode_images(images, [""], request.image_format)
-    return settings.jobs_in_flight
-
-
-def check_store(settings: Settings) -> None:
-    """Raises SetupFailed where a model file is missing and its folder cannot be written to; the downloads see to the
-    free space, once they know a file's size."""
-    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
-    files += [settings.lora_dir / config["filename"] for config in settings.loras]
-    for folder in {file.parent for file in files if not file.is_file()}:
+    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. To be called in the main
+    thread: PR_SET_PDEATHSIG ends it with the thread that started it.
+    """
+    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import handler; handler.send_heartbeats(*sys.argv[2:])"
+    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), state, str(os.getpid())]
+    while all(map(os.environ.get, needed)):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            process = await asyncio.create_subprocess_exec(*command)
+            log.error("the heartbeat ended with status %d; it is started again", await process.wait())
         except OSError as error:
-            raise SetupFailed("the model store cannot be written to: check MODEL_CACHE_DIR", detail=error) from error
+            log.error("the heartbeat cannot be started: %s", error.strerror)
+        await asyncio.sleep(HEARTBEAT_PAUSE_S)
 
 
-# the job loop
+def send_heartbeats(state: str, worker: str) -> None:
+    """The heartbeat's process: the SDK's pings with the ids kept in `state`. It ends with the process `worker`; left to
+    itself, it would ping a dead worker's job for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == int(worker):
+        load_sdk(state).rp_ping.Heartbeat().ping_loop()
 
 
 class JobLoop:
-    """Takes jobs from RunPod's queue, runs each in a thread and posts its answer, beside the next one.
+    """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own. run answers a job in a
+    thread; warming gives how many jobs may be held, from taking one to its answer's post.
 
-    The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once from under a
-    free worker's nose when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
+    The SDK's own loop (1.7.13) leaves the GPU idle for 0.3 to 1.5 s between two jobs, takes two at once that a free
+    worker could have had when told to hold two, loses the job that an open poll brings after SIGTERM, drops jobs
     without "input", and gives an answer up at the first reset. Its HTTP session, addresses and heartbeat stay in use.
-
-    run answers a job in a thread; set_up's result is how many jobs may be held, from taking one to its answer's post.
     """
 
-    def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], set_up: Future) -> None:
-        self.run, self.set_up, self.limit = run, set_up, 1
-        self.held: set[asyncio.Task] = set()
-        self.waiting: set[str] = set()  # the ids of jobs whose denoising is still to come
-        self.changed = asyncio.Event()
+    def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], warming: Future) -> None:
+        self.run, self.warming, self.limit = run, warming, 1
+        self.held: dict[asyncio.Task, HeldJob] = {}
+        self.changed = asyncio.Event()  # one more job might be asked for, or none any more
         self.stopping = False
         self.poll: asyncio.Task | None = None
+        self.next_warning: dict[str, float] = {}
 
-    async def serve(self) -> None:
+    async def serve(self, state: str) -> None:
         """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
         self.loop = asyncio.get_running_loop()
+        self.in_progress = runpod.serverless.modules.worker_state.JobsProgress()
+        self.heartbeat = self.loop.create_task(keep_heartbeat(state))
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self.on_signal)
-        await self.be_ready()
+            self.loop.add_signal_handler(number, lambda: self.loop.create_task(self.on_signal()))
+        try:
+            self.limit = await asyncio.wrap_future(self.warming)
+        except Exception as error:  # jobs are told the reason, instead of waiting for their time-out of up to 24 h
+            foreseen = isinstance(error, WorkerError)
+            log.error("the start failed: %s%s", error, error.detail if foreseen else "", exc_info=not foreseen)
+            reason = str(error) if foreseen else "the worker could not be made ready; its log says more"
+            self.run = lambda *_: failure_answer(SetupFailed(reason))
         async with runpod.http_client.AsyncClientSession() as self.session:
             while await self.may_ask():
                 self.poll = self.loop.create_task(self.take_job())
                 await asyncio.wait([self.poll])
-                if not self.poll.cancelled() and (job := self.poll.result()):
-                    self.hold(job)
-            await asyncio.gather(*self.held)
+                if not self.poll.cancelled() and (taken := self.poll.result()):
+                    job = HeldJob(self, taken)
+                    task = self.loop.create_task(job.serve())
+                    self.held[task] = job
+                    task.add_done_callback(self.let_go)
+            while self.held:
+                await asyncio.wait(self.held)
 
-    async def be_ready(self) -> None:
-        """Waits for set_up. Where it failed, jobs are answered with the reason instead of waiting for their time-out
-        of up to 24 h."""
+    async def may_ask(self) -> bool:
+        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
+        the GPU here that a free worker could start."""
+        while not self.stopping:
+            if len(self.held) < self.limit and not any(job.awaits_turn for job in self.held.values()):
+                return True
+            self.changed.clear()
+            await self.changed.wait()
+        return False
+
+    async def take_job(self) -> dict[str, Any] | None:
+        """One long poll; None, after a pause, where it brought no job."""
+        pause, timeout = POLL_PAUSE_S, aiohttp.ClientTimeout(total=POLL_S)
         try:
-            self.limit = await asyncio.wrap_future(self.set_up)
-            return
-        except WorkerError as error:
-            failure = error
-        except Exception as error:
-            log.exception("unexpected failure of the start")
-            failure = SetupFailed("the worker could not be made ready; its log says more", detail=error)
-        log.error("the start failed: %s%s", failure, failure.detail)
-        answer = failure_answer(SetupFailed(str(failure)))
-        self.run = lambda *_: dict(answer)
+            address = runpod.serverless.modules.rp_job._job_get_url()
+            async with self.session.get(address, timeout=timeout) as response:
+                if response.status == 200 and (job := parse_job(await response.read())):
+                    return job
+                trouble = "" if response.status in (204, 400) else f"HTTP {response.status} without a job"
+                pause = POLL_PAUSES_S.get(response.status, pause)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            trouble = type(error).__name__
+        if trouble and self.loop.time() >= self.next_warning.get(trouble, 0):
+            self.next_warning[trouble] = self.loop.time() + POLL_WARNING_S
+            log.warning("asking for a job: %s", trouble)
+        await asyncio.sleep(pause)
+        return None
 
-    def on_signal(self) -> None:
+    def let_go(self, task: asyncio.Task) -> None:
+        """A job's task has ended; the next job may be asked for, whatever ended it."""
+        job = self.held.pop(task)
+        self.changed.set()
+        self.in_progress.remove(job.id)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job %s: stays unanswered", job.id, exc_info=error)
+
+    async def on_signal(self) -> None:
         """SIGTERM: nothing new is asked for, and a job that the open poll still brings is run. The poll stays open for
-        a moment, and while a job runs."""
-        if not self.set_up.done():
+        a moment, and while a job runs; then RunPod gives its job to another worker."""
+        if not self.warming.done():
             os._exit(0)  # the thread that loads the models cannot be stopped
         log.info("asked to stop with %d jobs held", len(self.held))
-        self.stop()
-        self.last_poll = self.loop.create_task(self.close_last_poll())
-
-    def stop(self) -> None:
-        """Asks for nothing new."""
         self.stopping = True
         self.changed.set()
-
-    async def close_last_poll(self) -> None:
-        """Hangs up; RunPod gives the poll's job to another worker."""
         await asyncio.sleep(LAST_POLL_S)
         while self.held:
             await asyncio.wait(self.held)
         if self.poll:
             self.poll.cancel()
 
-    async def may_ask(self) -> bool:
-        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
-        the GPU here that a free worker could start."""
-        while not self.stopping and (self.waiting or len(self.held) >= self.limit):
-            self.changed.clear()
-            await self.changed.wait()
-        return not self.stopping
 
-    async def take_job(self) -> dict[str, Any] | None:
-        """One long poll; None where it brought no job."""
-        pause = POLL_PAUSE_S
-        address, timeout = runpod.serverless.modules.rp_job._job_get_url(), aiohttp.ClientTimeout(total=POLL_S)
+class HeldJob(Observer):
+    """One job, from the queue to its answer; reports its denoising to RunPod, at most once a second."""
+
+    def __init__(self, jobs: JobLoop, job: dict[str, Any]) -> None:
+        self.jobs, self.job, self.id = jobs, job, job["id"]
+        self.awaits_turn = True  # its denoising is still to come
+        self.update: asyncio.Task | None = None  # the last progress update
+        self.next_update = 0.0
+
+    async def serve(self) -> None:
+        """Runs the job in a thread and posts its answer."""
         try:
-            async with self.session.get(address, timeout=timeout) as response:
-                if response.status == 200:
-                    return parse_job(await response.read())
-                if response.status not in (204, 400):
-                    log.warning("asking for a job: HTTP %d", response.status)
-                pause = POLL_PAUSES_S.get(response.status, pause)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("asking for a job: %s", type(error).__name__)
-        await asyncio.sleep(pause)
-        return None
-
-    def hold(self, job: dict[str, Any]) -> None:
-        """Begins with a job, in a task of its own."""
-        self.waiting.add(job["id"])
-        task = self.loop.create_task(self.serve_job(job))
-        self.held.add(task)
-        task.add_done_callback(self.held.discard)
-        task.add_done_callback(lambda _: self.changed.set())
-
-    def begun(self, job_id: str) -> None:
-        """A job has its turn on the GPU, or will never need it."""
-        self.waiting.discard(job_id)
-        self.changed.set()
-
-    async def serve_job(self, job: dict[str, Any]) -> None:
-        """One job, from the queue to its answer."""
-        job_id = job["id"]
-        in_progress = runpod.serverless.modules.worker_state.JobsProgress()
-        in_progress.add(job_id)  # the id alone: the SDK would write the whole job to the disk, s3Config's key included
-        progress = Progress(self, job_id)
-        body, refresh = await asyncio.to_thread(self.run_to_body, job, progress)
-        self.begun(job_id)
+            self.jobs.in_progress.add(self.id)  # the SDK would write a whole job to the disk, s3Config's key included
+            body, refresh = await asyncio.to_thread(run_to_body, self.jobs.run, self.job, self)
+        except Exception:  # no thread or no disk to be had; unanswered, the job would wait for its time-out
+            log.exception("job %s: could not be begun", self.id)
+            failure = GenerationFailed("the worker could not begin with the job: send it again")
+            body, refresh = result_body(failure_answer(failure)), False
         if refresh:
-            self.stop()
-            self.poll.cancel()
-        await progress.close()
-        await self.post_answer(job_id, body)
-        in_progress.remove(job_id)
-
-    def run_to_body(self, job: dict[str, Any], progress: Observer) -> tuple[bytes, bool]:
-        """The job's answer as it is posted, and whether the worker must be replaced."""
-        try:
-            answer = self.run(job, progress)
-        except Exception as error:  # unanswered, the job would wait for its time-out
-            log.exception("job %s: unexpected failure", job["id"])
-            answer = failure_answer(
-                GpuLost("the worker failed and is being replaced: send the job again", detail=error)
-            )
-        try:
-            return result_body(answer), bool(answer.get("refresh_worker"))
-        except (TypeError, ValueError, RecursionError):
-            log.exception("job %s: the answer is no JSON", job["id"])
-            return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
-
-    async def post_answer(self, job_id: str, body: bytes) -> None:
-        """Posts the answer; where RunPod will not have it, a short one, since clients would see a job COMPLETED
-        without output."""
+            self.jobs.stopping = True
+            self.jobs.poll.cancel()
+        self.begun()
+        if self.update:  # one that arrived after the result would leave the job IN_PROGRESS for good
+            await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
+            self.update.cancel()  # closes its connection
+            await asyncio.wait([self.update])
+        # where RunPod will not have the answer, a short one: clients would see a job COMPLETED without output
         refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
-        if not await self.is_accepted(job_id, body) and not await self.is_accepted(job_id, result_body(refused)):
-            log.error("job %s: stays unanswered", job_id)
+        if not await self.is_accepted(body) and not await self.is_accepted(result_body(refused)):
+            log.error("job %s: stays unanswered", self.id)
 
-    async def is_accepted(self, job_id: str, body: bytes) -> bool:
-        """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
-        deadline, pause = self.loop.time() + ANSWER_RETRY_S, FIRST_PAUSE_S
-        while True:
-            try:
-                await self.post(job_id, body, ANSWER_TRY_S)
-                return True
-            except (aiohttp.ClientError, TimeoutError) as error:
-                status = getattr(error, "status", None)  # None where there was no answer
-                reason = f"HTTP {status}" if status else type(error).__name__
-                log.warning("job %s: posting its answer: %s", job_id, reason)
-            lasting = status and status < 500 and status not in (408, 429)
-            if lasting or self.loop.time() > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_S)
-
-    async def post(self, job_id: str, body: bytes, timeout_s: float) -> None:
-        """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError or TimeoutError."""
-        address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
-        headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id}
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        data = io.BytesIO(body)
-        async with self.session.post(address, data=data, headers=headers, timeout=timeout, raise_for_status=True):
-            pass
-
-
-class Progress(Observer):
-    """Reports one job's denoising to RunPod, at most once a second, and none after close()."""
-
-    def __init__(self, jobs: JobLoop, job_id: str) -> None:
-        self.jobs, self.job_id = jobs, job_id
-        self.update: asyncio.Task | None = None
-        self.next_at = 0.0
+    def begun(self) -> None:
+        """The job has its turn on the GPU, or will never need it: the next one may be asked for."""
+        self.awaits_turn = False
+        self.jobs.changed.set()
 
     def denoising(self) -> None:
-        """In the job's thread: the next job may be asked for."""
-        self.jobs.loop.call_soon_threadsafe(self.jobs.begun, self.job_id)
+        """In the job's thread."""
+        self.jobs.loop.call_soon_threadsafe(self.begun)
 
     def step(self, step: int, steps: int) -> None:
         """In the job's thread."""
@@ -4163,26 +4295,43 @@ class Progress(Observer):
 
     def report(self, step: int, steps: int) -> None:
         """Sends an update, unless one is under way or was answered less than a second ago."""
-        if self.jobs.loop.time() >= self.next_at:
-            self.next_at = math.inf
-            self.update = self.jobs.loop.create_task(self.send(step, steps))
+        if self.jobs.loop.time() >= self.next_update:
+            self.next_update = math.inf
+            self.update = self.jobs.loop.create_task(self.send_update(step, steps))
 
-    async def send(self, step: int, steps: int) -> None:
-        """One update; one that gets lost is no harm."""
+    async def send_update(self, step: int, steps: int) -> None:
+        """One progress update; one that gets lost is no harm."""
         output = {"step": step, "steps": steps, "percent": round(100 * step / steps)}
         body = json.dumps({"status": "IN_PROGRESS", "output": output}).encode()
         try:
-            await self.jobs.post(self.job_id, body, PROGRESS_TRY_S)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.info("job %s: a progress update was lost: %s", self.job_id, type(error).__name__)
-        self.next_at = self.jobs.loop.time() + PROGRESS_S
+            await self.post(body, PROGRESS_TRY_S)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("job %s: a progress update was lost: %s", self.id, type(error).__name__)
+        self.next_update = self.jobs.loop.time() + PROGRESS_S
 
-    async def close(self) -> None:
-        """Ends the update under way: one that arrived after the result would leave the job IN_PROGRESS for good."""
-        if self.update:
-            await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
-            self.update.cancel()  # closes its connection
-            await asyncio.wait([self.update])
+    async def is_accepted(self, body: bytes) -> bool:
+        """Posts an answer until RunPod takes it, or refuses it for good, or ANSWER_RETRY_S is over."""
+        deadline, pause = self.jobs.loop.time() + ANSWER_RETRY_S, FIRST_PAUSE_S
+        while True:
+            try:
+                await self.post(body, ANSWER_TRY_S)
+                return True
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                status = getattr(error, "status", None)  # None where there was no answer
+                log.warning("job %s: posting its answer: %s %s", self.id, type(error).__name__, status or "")
+            lasting = status and status < 500 and status not in (408, 429)
+            if lasting or self.jobs.loop.time() > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+    async def post(self, body: bytes, timeout_s: float) -> None:
+        """Posts a result or a progress update as the SDK does; raises aiohttp.ClientError, TimeoutError or OSError."""
+        address = runpod.serverless.modules.rp_http.JOB_DONE_URL.replace("$ID", self.id) + "&isStream=false"
+        headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": self.id}
+        options = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=timeout_s), "raise_for_status": True}
+        async with self.jobs.session.post(address, data=io.BytesIO(body), **options):
+            pass
 
 
 def parse_job(body: bytes) -> dict[str, Any] | None:
@@ -4190,20 +4339,28 @@ def parse_job(body: bytes) -> dict[str, Any] | None:
     try:
         job = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
     except (ValueError, RecursionError):
-        job = None
-    if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]:
-        return job
-    log.error("the queue sent %d bytes that are no job", len(body))
-    return None
+        return None
+    return job if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"] else None
+
+
+def run_to_body(run: Callable[..., dict[str, Any]], job: dict[str, Any], observer: Observer) -> tuple[bytes, bool]:
+    """The job's answer as it is posted, and whether the worker must be replaced."""
+    try:
+        answer = run(job, observer)
+    except Exception as error:  # unanswered, the job would wait for its time-out
+        log.exception("job %s: unexpected failure", job["id"])
+        answer = failure_answer(GpuLost("the worker failed and is being replaced: send the job again", detail=error))
+    try:
+        return result_body(answer), bool(answer.get("refresh_worker"))
+    except (TypeError, ValueError, RecursionError):
+        log.exception("job %s: the answer is no JSON", job["id"])
+        return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
 
 
 def result_body(answer: Mapping[str, Any]) -> bytes:
-    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}.
-
-    Raises what json.dumps does for an answer that strict JSON cannot carry.
-    """
-    output = {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}
-    result = {"output": output}
+    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. Raises
+    what json.dumps does for an answer that strict JSON cannot carry."""
+    result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
     if answer.get("error"):
         result["error"] = answer["error"]
     if answer.get("refresh_worker"):
@@ -4211,7 +4368,8 @@ def result_body(answer: Mapping[str, Any]) -> bytes:
     return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
 
-# the command line
+# ---------------------------------------------------------------------------------------------------------------------
+# entry
 
 
 def main() -> None:
@@ -4225,12 +4383,11 @@ def main() -> None:
     options, rest = runpod.serverless.parser.parse_known_args()
     if options.rp_serve_api:
         in_background(WORKER.engine)  # the first request waits for it, and is told where it failed
-        runpod.serverless.start({"handler": handler_in_thread})
+        # in a thread: the server would answer nobody else while a plain function runs
+        runpod.serverless.start({"handler": lambda job: asyncio.to_thread(handler, job)})
         return
-    if not options.test_input:
-        sys.argv[1:] = ["--test_input", read_job_file(rest), *[option for option in sys.argv[1:] if option not in rest]]
-    elif problem := job_problem(options.test_input):
-        sys.exit(f"--test_input {problem}")
+    job = read_job(options.test_input, rest)
+    sys.argv[1:] = ["--test_input", job, *(option for option in sys.argv[1:] if option not in rest)]
     runpod.serverless.start({"handler": run_and_save})
 
 
@@ -4243,57 +4400,46 @@ def configure_logging() -> None:
     log.propagate = False  # importing runpod sets the root logger up a second time
 
 
-async def handler_in_thread(job: dict[str, Any]) -> dict[str, Any]:
-    """handler for the SDK's HTTP server, which would answer nobody else while a plain function runs."""
-    return await asyncio.to_thread(handler, job)
-
-
-def read_job_file(arguments: list[str]) -> str:
-    """The text of the job file named on the command line, or of test_input.json here or beside handler.py."""
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        sys.exit(f"usage: python handler.py [job.json] [the SDK's options]; cannot make sense of {arguments}")
-    default = Path("test_input.json")
-    file = Path(arguments[0]) if arguments else default if default.is_file() else Path(__file__).with_name(default.name)
-    try:
-        job = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{file} cannot be read: {error}")
-    if problem := job_problem(job):
-        sys.exit(f"{file} {problem}")
-    return job
-
-
-def job_problem(job: str) -> str:
-    """What keeps a text from being a job, "" where nothing does; the SDK would end with a traceback."""
+def read_job(test_input: str | None, arguments: list[str]) -> str:
+    """The text of the job: of --test_input, of the file named on the command line, or of test_input.json here or beside
+    handler.py. What is no job ends the process with a sentence; the SDK would end it with a traceback."""
+    source, job = "--test_input", test_input or ""
+    if not test_input:
+        if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+            sys.exit(f"usage: python handler.py [job.json] [the SDK's options]; cannot make sense of {arguments}")
+        default = Path("test_input.json")
+        source = arguments[0] if arguments else default if default.is_file() else Path(__file__).with_name(default.name)
+        try:
+            job = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{source} cannot be read: {error}")
     try:
         parsed = json.loads(job)
     except ValueError as error:
-        return f"is not valid JSON: {error}"
-    return "" if isinstance(parsed, dict) and "input" in parsed else 'must hold {"input": {"prompt": "..."}}'
+        sys.exit(f"{source} is not valid JSON: {error}")
+    if not isinstance(parsed, dict) or "input" not in parsed:
+        sys.exit(f'{source} must hold {{"input": {{"prompt": "..."}}}}')
+    return job
 
 
 def run_and_save(job: dict[str, Any]) -> dict[str, Any]:
-    """handler for a local run: saves the images to OUTPUT_DIR, prints where and the metadata."""
+    """handler for a local run: saves the images to OUTPUT_DIR, named by time and seed, prints where and the metadata.
+    Addresses of uploaded images stay as they are."""
     answer = handler(job)
     if "error" in answer:
         return answer
-    saved = save_images(answer, Settings.from_environ().output_dir)
-    print(json.dumps(answer["metadata"], indent=2, ensure_ascii=False))
-    print("\n".join(saved))
-    return {"images": saved}
-
-
-def save_images(answer: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes the answer's images, named by time and seed; addresses of uploaded images come back as they are."""
+    folder, metadata, saved = Settings.from_environ().output_dir, answer["metadata"], []
     folder.mkdir(parents=True, exist_ok=True)
-    stamp, saved = time.strftime("%Y%m%d-%H%M%S"), []
-    for image, image_seed in zip(answer["images"], answer["metadata"]["seeds"], strict=True):
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for image, image_seed in zip(answer["images"], metadata["seeds"], strict=True):
         if not image.startswith(("http://", "https://")):
-            file = folder / f"{stamp}-{image_seed}.{answer['metadata']['image_format']}"
+            file = folder / f"{stamp}-{image_seed}.{metadata['image_format']}"
             file.write_bytes(base64.b64decode(image))
             image = str(file)
         saved.append(image)
-    return saved
+    print(json.dumps(metadata, indent=2, ensure_ascii=False))
+    print("\n".join(saved))
+    return {"images": saved}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """handler.py with a real pipeline that fails on demand: the file "break" in the working directory says how.
 
-oom      the UNet runs out of memory
 fatal    the UNet meets a CUDA error after which every call fails
-slow     the first text encoder takes a second longer
+
+At a width of 576 the UNet runs out of memory.
 """
 
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import handler
+import seams
 
-load_pipeline = handler.load_pipeline
+import handler
 
 
 def breakage() -> str:
@@ -30,18 +30,10 @@ def fail(_unet: object, inputs: tuple) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def linger(*_: object) -> None:
-    if breakage() == "slow":
-        time.sleep(1)
-
-
-def load_breakable() -> object:
-    pipe = load_pipeline()
+def add_failures(pipe: Any) -> None:
     pipe.unet.register_forward_pre_hook(fail)
-    pipe.text_encoder.register_forward_pre_hook(linger)
-    return pipe
 
 
 if __name__ == "__main__":
-    handler.load_pipeline = load_breakable
+    seams.change_pipeline(add_failures)
     handler.main()

@@ -38,6 +38,7 @@ class Fault:
     route: str = "cdn"  # api, cdn or info
     times: int = 1
     status: int | None = None  # answer this instead
+    body: bytes | None = None  # and with this body; 200 where no status is given
     headers: dict[str, str] = field(default_factory=dict)  # headers to add, such as Retry-After or a wrong ETag
     html: bool = False  # answer 200 with a login page instead
     delay_s: float = 0  # before anything is answered
@@ -202,8 +203,9 @@ class Handler(BaseHTTPRequestHandler):
             self.civitai.closing.wait(fault.delay_s)
         if fault.html:
             self.answer(200, LOGIN_PAGE, "text/html; charset=utf-8")
-        elif fault.status:
-            self.answer(fault.status, b'{"error":"injected"}', headers=fault.headers)
+        elif fault.status or fault.body is not None:
+            body = b'{"error":"injected"}' if fault.body is None else fault.body
+            self.answer(fault.status or 200, body, headers=fault.headers)
         elif fault.cut_after is not None and route != "cdn":
             self.hang_up(fault)
         elif version_id not in self.civitai.files:

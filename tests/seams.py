@@ -5,15 +5,24 @@ A redesign of handler.py then has this file to mend, not the tests. tests/test_s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import secrets
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 import handler
+
+TESTS = Path(__file__).resolve().parent
 
 
 def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
@@ -34,6 +43,61 @@ def set_volume(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Another folder in /runpod-volume's place, which tests cannot make; looked for again now and after the test."""
     set(monkeypatch, VOLUME=folder)
     monkeypatch.setattr(handler, "default_cache_dir", handler.default_cache_dir.__wrapped__)
+
+
+# --- store
+
+Settings, fetch_models, recorded_sha256 = handler.Settings, handler.fetch_models, handler.recorded_sha256
+log, in_background = handler.log, handler.in_background
+machine, pick_sha256, origin = handler.machine, handler.pick_sha256, handler.origin
+QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 1.5, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
+QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0}
+
+
+def tune(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
+    """Sets constants of the store for one test."""
+    for name, value in constants.items():
+        monkeypatch.setattr(handler, name, value)
+
+
+def constant(name: str) -> float:
+    """A constant of the store."""
+    return getattr(handler, name)
+
+
+def model_address(config: dict, folder: Path) -> tuple[str, str]:
+    """The address that is asked for a config's file, and its version id at Civitai, "" for one from elsewhere."""
+    download = handler.Download(handler.Store(handler.Settings.from_environ()), config, folder)
+    return download.url, download.version
+
+
+def record_of(path: Path) -> Path:
+    """Where the store notes what it knows of a file."""
+    return handler.record_file(path)
+
+
+def write_record(path: Path, sha256: str | None) -> None:
+    """Notes a file's stamp and hash, as after a download."""
+    handler.write_record(path, path.stat(), sha256)
+
+
+def sweep() -> None:
+    """What every start does with leftovers of downloads."""
+    handler.Store(handler.Settings.from_environ()).sweep()
+
+
+def dead_owner() -> str:
+    """The owner of leftovers whose process has ended on this machine."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return f"{handler.machine()}-{child}-{secrets.token_hex(4)}"
+
+
+def read_ahead() -> handler.ReadAhead:
+    """.add(path) brings a file into the page cache; .readers and .todo are what is at work and waiting."""
+    return handler.ReadAhead()
 
 
 # --- the engine
@@ -75,6 +139,28 @@ def load_in_float16() -> None:
     handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
 
 
+# --- LoRAs
+
+LoraStack = handler.LoraStack  # LoraStack(pipe, files).apply(scales); failed, warnings, embeddings, applied
+LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)
+
+
+def changed_tensors(stack: handler.LoraStack) -> set[str]:
+    """The tensors that the stack's LoRAs change, "unet.conv_in.weight"."""
+    return set(stack.targets)
+
+
+def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales: Mapping[str, float]) -> None:
+    """Merges plain LoRAs, adapter name -> (up, down, alpha / rank), into the weight of a single layer."""
+    target = handler.Target(layer, "weight", layer.weight.detach().clone())
+    for name, (up, down, scaling) in shares.items():
+        target.shares[name] = handler.Share(handler.low_rank, {"up": up, "down": down}, scaling, None)
+    with torch.no_grad():
+        target.settle(on_gpu=False)
+        [rank_scales] = handler.scale_ranks([target], scales, "cpu")
+        target.merge(scales, rank_scales, "cpu")
+
+
 # --- prompts
 
 PromptEncoder = handler.PromptEncoder  # one that has seen no prompt yet, and the four tensors, which no answer shows
@@ -85,6 +171,108 @@ split_lora_tags = handler.split_lora_tags  # as above
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
     """How a job cuts a prompt, in pieces with their tokens: for its speed, and for the tokens of long words."""
     return handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, long_prompt)
+
+
+# --- sampling
+
+SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]
+SCHEDULES = list(handler.SCHEDULES)
+SAMPLING_NAMES = sorted({str(sampling) for sampling in handler.spelled_samplings().values()})
+OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"]
+
+
+def sampling_name(sampler: Any, schedule: Any = None) -> str:
+    """The one name of a sampler and a schedule, however they are spelled. Raises InvalidInput."""
+    return str(handler.read_sampling(sampler, schedule))
+
+
+def diffusers_scheduler(name: str, config: Any, steps: int) -> Any:
+    """diffusers' own scheduler behind one of the names that stay diffusers'."""
+    return handler.build_diffusers_scheduler(name, config, steps)
+
+
+def philox_normal(seed: int, draw: int, count: int) -> torch.Tensor:
+    """The draw-th float32 (count,) of a seed's numbers as CUDA draws them."""
+    return torch.from_numpy(handler.philox_normal(seed, draw, count))
+
+
+def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterator[torch.Tensor], Callable[[], None]]:
+    """The noise that draw(i) gives for i from 0 to count - 1, drawn in the background; what waits for its thread."""
+    pool = ThreadPoolExecutor(1)
+    taken = handler.drawn_ahead(pool, [lambda i, _: draw(i)], [(i, i) for i in range(count)], "cpu")
+    return taken, lambda: pool.submit(int).result()
+
+
+def scheduler(name: str, steps: int) -> Any:
+    """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
+    return handler.Scheduler(handler.read_sampling(name), steps)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """What draws a seed's next numbers."""
+    return handler.normal_stream(rng, seed, shape)
+
+
+def walk_tree(rng: str, name: str, steps: int, shape: tuple[int, ...]) -> None:
+    """Draws all the noise of an image whose sampler walks a Brownian tree."""
+    requests, sigmas = scheduler(name, steps).noise_requests, scheduler(name, steps).sigmas
+    tree = handler.BrownianTree(rng, 1, sigmas[sigmas > 0].min().item(), sigmas.max().item(), shape)
+    for request in requests:
+        tree.noise(*request)
+
+
+@contextlib.contextmanager
+def formula_engine(network: Callable[[Any, Any], Any], **config: Any) -> Iterator[handler.Engine]:
+    """The engine with a formula in the UNet's place, network(scaled x, time) -> eps or v; config: what else the
+    checkpoint's scheduler knows."""
+    engine = handler.WORKER.engine()
+    with patch.object(engine.pipe.unet, "forward", lambda x, time, **_: (network(x, time),)):
+        yield dataclasses.replace(engine, scheduler_config={**engine.scheduler_config, **config})
+
+
+def denoise(
+    engine: handler.Engine, name: str, steps: int, seeds: list[int], rng: str = "cpu", delta: int = 0
+) -> torch.Tensor:
+    """The latents (n, 4, 8, 8) of the denoising loop, without guidance and on empty prompts."""
+    request = SimpleNamespace(scheduler=name, steps=steps, seeds=seeds, num_images=len(seeds), rng=rng)
+    request.width = request.height = 64
+    request.guidance_scale, request.eta_noise_seed_delta = 1.0, delta
+    config = engine.pipe.unet.config
+    pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    embeds = torch.zeros(1, 77, config.cross_attention_dim)
+    conditioning = handler.Conditioning(embeds, None, pooled, None, 1, 0, ())
+    return handler.denoise(engine, request, conditioning, handler.Observer())
+
+
+def progress(**fields: Any) -> list[tuple[int, int]]:
+    """The (step, steps) that an observer of a small job is told."""
+    seen: list[tuple[int, int]] = []
+    observer = handler.Observer()
+    observer.step = lambda step, steps: seen.append((step, steps))
+    handler.run_job({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
+    return seen
+
+
+# --- images
+
+NamedModel = handler.NamedModel  # the recipe of models that are not in the table
+write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
+encode_images = handler.encode_images  # files of any pixels
+deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
+checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
+LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
+
+
+def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
+    """Chunks as a job encodes them, before they are joined: states (n, 77, D), token counts, pooled vectors (n, P)."""
+    import torch
+
+    read = handler.Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
+    with torch.inference_mode():
+        chunks = [handler.chunk_prompt(read, text, "truncate")[0] for text in texts]
+        states = handler.encode_chunks(pipe, chunks, clip_skip=2)
+    counts = [state.count for state in states]
+    return torch.cat([state.hidden for state in states]), counts, torch.cat([state.pooled for state in states])
 
 
 # --- jobs
@@ -111,11 +299,38 @@ def posted(run: Any, job: dict[str, Any]) -> tuple[bytes, bool]:
     return handler.JobLoop(run, Future()).run_to_body(job, handler.Observer())
 
 
-# --- images
+# --- queue
 
-NamedModel = handler.NamedModel  # the recipe of models that are not in the table
-write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
-encode_images = handler.encode_images  # files of any pixels
-deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
-checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
-LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
+
+def serve_with(run: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
+    """The worker of RunPod's queue with another job function and no models: what is measured is the queue alone."""
+    handler.configure_logging()
+    handler.run_job, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
+    handler.serve_queue()
+
+
+def change_pipeline(change: Callable[[Any], None]) -> None:
+    """Has every pipeline changed once it is built: a worker's process cannot be reached in any other way."""
+    build = handler.build_pipeline
+
+    def build_changed(*arguments: Any) -> Any:
+        pipe = build(*arguments)
+        change(pipe)
+        return pipe
+
+    handler.build_pipeline = build_changed
+
+
+def import_sdk() -> None:
+    """Imports runpod as the worker does."""
+    handler.import_sdk()
+
+
+# --- pipeline
+
+COMPILED_BLOCKS = handler.COMPILED_BLOCKS
+
+
+def load_engine() -> handler.Engine:
+    """What a start makes of the environment: the pipeline and all that belongs to it."""
+    return handler.Engine.load(handler.Settings.from_environ())

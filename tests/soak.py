@@ -19,9 +19,8 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import seams  # noqa: E402
 from runpod_server import RunPodServer, Worker  # noqa: E402
-
-import handler  # noqa: E402
 
 CONTROL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 320, "steps": 3, "seed": 7, "num_images": 2}
 WORDS = ("red", "brick", "house", "by", "the", "sea", "violet", "(otters:1.3)", "and", "[ships]", "BREAK")
@@ -39,7 +38,7 @@ def random_job(dice: random.Random, loras: list[str]) -> tuple[dict[str, Any], s
         "steps": dice.randint(1, 3),
         "seed": dice.randrange(2**32),
         "guidance_scale": dice.choice((1, 4.5, 7.0)),
-        "scheduler": dice.choice(list(handler.SCHEDULERS)),
+        "scheduler": dice.choice(seams.SAMPLING_NAMES),
         "clip_skip": dice.choice((1, 2, 2, 4)),
         "long_prompt": dice.choice(("blend", "concat", "truncate")),
         "num_images": dice.choice((1, 1, 1, 2)),

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seams
 from civitai_server import CivitaiServer, Fault, sha256
 
 import handler
@@ -41,8 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
     """Civitai with one model; the worker's patience is shrunk to match a test's."""
-    for name, value in {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 0.5, "MIN_SPAN": MIB // 4}.items():
-        monkeypatch.setattr(handler, name, value)
+    seams.tune(monkeypatch, **seams.QUICK)
     with CivitaiServer({ID: model}, key=KEY) as server:
         monkeypatch.setenv("CIVITAI_BASE_URL", server.url)
         monkeypatch.setenv("CIVITAI_API_KEY", KEY)
@@ -82,22 +82,22 @@ def test_many_connections(server, model, tmp_path):
     assert path.read_bytes() == model.read_bytes()
     assert len(server.requests_of("cdn", ID)) > 8
     assert server.bytes_sent("cdn") == model.stat().st_size + 1  # the one that asks for the size
-    assert handler.recorded_sha256(path) == sha256(model).lower()
+    assert seams.recorded_sha256(path) == sha256(model).lower()
     assert leftovers(tmp_path) == []
 
 
 def test_connections_side_by_side(server, model, tmp_path):
-    """Connections that are capped add up: at least 12 times the speed of one."""
+    """Connections that are capped add up: more than the eight that every download begins with."""
     server.rate = 150_000
     started = time.monotonic()
     fetch(tmp_path)
-    assert model.stat().st_size / (time.monotonic() - started) > 12 * server.rate
+    assert model.stat().st_size / (time.monotonic() - started) > 8 * server.rate
 
 
 def test_connections_are_kept(server, tmp_path):
     """Requests share their connections: no more are opened than may be used at once, and Civitai's own."""
     fetch(tmp_path)
-    assert server.connections <= handler.CONNECTIONS + 2
+    assert server.connections <= seams.constant("MANY") + 2
 
 
 def test_key_goes_to_civitai_alone(server, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_unsafe_redirect(server, tmp_path, target):
 )
 def test_origin(one, other, same):
     """A key is bound to scheme, host and port."""
-    assert (handler.origin(one) == handler.origin(other)) == same
+    assert (seams.origin(one) == seams.origin(other)) == same
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,7 @@ def test_origin(one, other, same):
 def test_base_url(monkeypatch, tmp_path, configured, asked):
     """CIVITAI_BASE_URL replaces scheme and host of Civitai's URLs alone; only those have a version id."""
     monkeypatch.setenv("CIVITAI_BASE_URL", "http://mirror:8")
-    client = handler.Client(handler.Settings.from_environ())
-    model = handler.Model.of(config(url=configured), tmp_path, client)
-    assert (model.url, model.version) == (asked, "7" if "mirror" in asked else "")
+    assert seams.model_address(config(url=configured), tmp_path) == (asked, "7" if "mirror" in asked else "")
 
 
 # faults that pass
@@ -191,7 +189,7 @@ PASSING = {
 def test_passing_fault(server, model, tmp_path, faults):
     """A fault that passes ends in the whole file, with nothing left beside it."""
     if faults[-1].flip_at:  # in the first try alone, that is
-        faults = [Fault(), *[Fault(flip_at=3 * MIB) for _ in handler.spans([(0, model.stat().st_size)])]]
+        faults = [Fault(), *[Fault(flip_at=3 * MIB, times=11)]]
     server.faults[ID] = [Fault(**vars(fault)) for fault in faults]
     assert fetch(tmp_path).read_bytes() == model.read_bytes()
     assert leftovers(tmp_path) == []
@@ -225,7 +223,7 @@ def test_file_changes_in_between(server, model, tmp_path):
     """A file that is replaced on the server in mid-download is fetched from the start: never one half of each."""
     other = write_model(tmp_path / "detail.safetensors", 6 * MIB)
     server.rate = 400_000
-    fetching = handler.in_background(fetch, tmp_path)
+    fetching = seams.in_background(fetch, tmp_path)
     while sum(request.sent for request in server.requests_of("cdn")) < 2 * MIB:
         time.sleep(0.01)
     server.files[ID] = other
@@ -255,7 +253,7 @@ def test_missing(server, tmp_path):
     """404 is tried a few times."""
     server.faults[ID] = [Fault("api", status=404, times=-1)]
     assert "version id" in refusal(tmp_path)
-    assert len(server.requests) == handler.FEW_TRIES
+    assert len(server.requests) == seams.constant("FEW_TRIES")
 
 
 LASTING = {
@@ -285,7 +283,7 @@ def test_lasting_fault(server, tmp_path, faults):
 
 def test_stall(server, tmp_path, monkeypatch):
     """A server that sends nothing any more is left."""
-    monkeypatch.setattr(handler, "TRIES", 3)
+    seams.tune(monkeypatch, TRIES=3)
     server.faults[ID] = [Fault(), Fault(cut_after=0, stall_s=60, times=-1)]
     assert "sent nothing" in refusal(tmp_path)
 
@@ -304,9 +302,69 @@ def test_bad_url(server, tmp_path, url):
 
 def test_patience_is_five_minutes():
     """Passing faults are borne for at most five minutes without progress: RunPod gives a start seven."""
-    longest = sum(min(handler.FIRST_BACKOFF_S * 2**n, handler.LAST_BACKOFF_S) for n in range(handler.TRIES - 1))
-    assert longest < handler.PATIENCE_S <= 300
-    assert handler.STALL_S == 30
+    longest = sum(
+        min(seams.constant("FIRST_BACKOFF_S") * 2**n, seams.constant("LAST_BACKOFF_S"))
+        for n in range(seams.constant("TRIES") - 1)
+    )
+    assert longest < seams.constant("PATIENCE_S") <= 300
+    assert seams.constant("STALL_S") == 30
+
+
+REFUSED = {
+    "login": (401, {"message": "The creator of this asset requires you to log in"}, "requires you to log in"),
+    "early access": (403, {"error": "Early access until 2026-12-01"}, "Early access until 2026-12-01"),
+    "lines": (
+        403,
+        {"message": "Downloads are\n\tdisabled\x07 by the creator"},
+        "Downloads are disabled by the creator",
+    ),
+    "long": (403, {"message": "no " * 500}, "no no"),
+    "addresses": (403, {"message": f"see https://civitai.com/x?token={KEY} or www.civitai.com, {KEY}"}, "see …"),
+    "markup": (401, {"message": "<b>Sign in</b>"}, "401; set CIVITAI_API_KEY"),
+    "no text": (401, {"message": {"code": 1}}, "401; set CIVITAI_API_KEY"),
+    "no object": (401, [1], "401; set CIVITAI_API_KEY"),
+    "removed": (410, {"error": "The file was archived"}, "The file was archived"),
+    "region": (451, {"message": "Not available in your region"}, "Not available in your region"),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "told"), REFUSED.values(), ids=REFUSED)
+def test_refusal_says_why(server, tmp_path, status, body, told):
+    """Civitai's own message stands in a refusal: one short printable line, no markup, address or key in it."""
+    server.faults[ID] = [Fault("api", status=status, body=json.dumps(body).encode(), times=-1)]
+    said = refusal(tmp_path)
+    assert told in said
+    assert said.isprintable()
+    assert len(said) < 420
+    assert not any(word in said for word in ("http", "www.", "<", "token"))
+
+
+LISTINGS = {
+    "web page": (Fault("info", html=True, times=-1), "a web page came"),
+    "empty": (Fault("info", body=b"", times=-1), "its answer is empty"),
+    "region": (Fault("info", status=451, body=b'{"error": "blocked here"}', times=-1), "it answered 451: blocked here"),
+    "no JSON": (Fault("info", body=b"{]", times=-1), "what came is not JSON"),
+    "a list": (Fault("info", body=b"[1]", times=-1), "has not the form"),
+    "no files": (Fault("info", body=b'{"files": null}', times=-1), "has not the form"),
+    "odd files": (Fault("info", body=b'{"files": [1, "x"]}', times=-1), "has not the form"),
+}
+
+
+@pytest.mark.parametrize(("fault", "told"), LISTINGS.values(), ids=LISTINGS)
+def test_unreadable_listing(server, model, tmp_path, caplog, fault, told):
+    """A listing that cannot be read is said as what it is, and the file is fetched without its hash."""
+    server.faults[ID] = [Fault(**vars(fault))]
+    path = fetch(tmp_path)
+    assert path.read_bytes() == model.read_bytes()
+    assert "Civitai tells no hash" in caplog.text
+    assert told in caplog.text
+    assert "valid URL" not in caplog.text
+
+
+def test_compressed_body(server, tmp_path):
+    """A body that comes compressed, though none was asked for, is refused."""
+    server.faults[ID] = [Fault(headers={"Content-Encoding": "gzip"}, times=-1)]
+    assert "compressed" in refusal(tmp_path)
 
 
 # what is checked
@@ -350,11 +408,11 @@ def test_pick_sha256():
     training = file("ZIP", 1000.5) | {"type": "Training Data"}
     files = [{"name": "no hash", "sizeKB": 1000.5, "hashes": {}}, training, full, pruned]
     query = "type=Model&size=pruned&fp=fp16"
-    assert handler.pick_sha256(files, 1000.5 * 1024, query) == "pruned"
-    assert handler.pick_sha256(files, 2000.25 * 1024, query) == "full"
-    assert handler.pick_sha256(files, 12345, query) == "pruned"
-    assert handler.pick_sha256(files, 12345, "type=Model") == "full"
-    assert handler.pick_sha256(files[:1], 12345, query) is None
+    assert seams.pick_sha256(files, 1000.5 * 1024, query) == "pruned"
+    assert seams.pick_sha256(files, 2000.25 * 1024, query) == "full"
+    assert seams.pick_sha256(files, 12345, query) == "pruned"
+    assert seams.pick_sha256(files, 12345, "type=Model") == "full"
+    assert seams.pick_sha256(files[:1], 12345, query) is None
 
 
 def test_download_file_replaces(server, model, tmp_path):
@@ -435,13 +493,26 @@ def test_memory(server, tmp_path):
 
 def test_progress_lines(server, tmp_path, monkeypatch, caplog):
     """In a log, a line tells percent, speed and time left."""
-    monkeypatch.setattr(handler, "REPORT_S", 0.1)
+    seams.tune(monkeypatch, REPORT_S=0.1)
     server.rate = 500_000
-    with caplog.at_level(logging.INFO, handler.log.name):
+    with caplog.at_level(logging.INFO, seams.log.name):
         fetch(tmp_path)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("models: ")]
     assert len(lines) >= 2
-    assert all("% of 6 MB" in line and "MB/s" in line and "s left" in line for line in lines)
+    assert all("% of 6.29MB" in line and "B/s" in line and "left" in line for line in lines)
+
+
+def test_progress_of_a_file_fetched_twice(server, tmp_path, monkeypatch, caplog):
+    """A file that is fetched again after a wrong hash is counted once: its progress stays within 100 % of its size."""
+    seams.tune(monkeypatch, REPORT_S=0.1)
+    server.rate = 500_000
+    server.faults[ID] = [Fault("info", wrong_hash=True, times=-1)]
+    with caplog.at_level(logging.INFO, seams.log.name):
+        refusal(tmp_path)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("models: ")]
+    assert lines
+    assert all("% of 6.29MB" in line for line in lines)
+    assert max(int(line.split()[1]) for line in lines) <= 100
 
 
 def test_progress_bar(server, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""The worker in the SDK's place on RunPod: real processes on the tiny model world, against a queue on loopback."""
+"""The worker on RunPod: real processes against a queue on loopback, on the tiny model world where the claim is about
+jobs, without models (light_worker.py) where it is about the queue."""
 
 from __future__ import annotations
 
@@ -11,20 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from runpod_server import KEY, RunPodServer, Worker
+from runpod_server import KEY, ROOT, RunPodServer, Worker
 from soak import OUT_OF_MEMORY_WIDTH, soak
-from world import API_KEY
-
-import handler
 
 sys.path.append(str(Path(__file__).with_name("benchmarks")))
 from idle_gpu import measure
 
 BREAKABLE = str(Path(__file__).with_name("breakable_worker.py"))
+LIGHT = str(Path(__file__).with_name("light_worker.py"))
 SHORT = {"prompt": "a cat", "width": 256, "height": 256, "steps": 2, "seed": 1}
 LONG = {**SHORT, "steps": 40}
 SECRET = "canary-bucket-secret-9f8e7d"
@@ -45,17 +43,24 @@ def assert_clean(server: RunPodServer) -> None:
 
 
 @pytest.fixture
-def start(server, world, tmp_path):
-    """Starts workers without LoRAs, in the test's folder; none of them outlives the test."""
+def start_light(server, tmp_path):
+    """Starts workers in the test's folder, without models; none of them outlives the test."""
     workers = []
 
-    def start_worker(*command: str, pod: str = "pod-1", **environ: str) -> Worker:
-        workers.append(Worker(server, tmp_path, {**world.environ(), "LORAS": "", **environ}, *command, pod=pod))
+    def start_worker(*command: str, **environ: str) -> Worker:
+        workers.append(Worker(server, tmp_path, environ, *(command or (LIGHT,))))
         return workers[-1]
 
     yield start_worker
     for worker in workers:
         worker.__exit__()
+
+
+@pytest.fixture
+def start(start_light, world):
+    """Starts workers on the tiny world, without LoRAs."""
+    environ = {**world.environ(), "LORAS": ""}
+    return lambda *command, **more: start_light(*(command or (str(ROOT / "handler.py"),)), **environ, **more)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +74,20 @@ def shared(world, tmp_path_factory):
     assert_clean(server)
 
 
+@pytest.fixture(scope="module")
+def light(tmp_path_factory):
+    """The same without models."""
+    folder = tmp_path_factory.mktemp("light")
+    with RunPodServer() as server, Worker(server, folder, {}, LIGHT) as worker:
+        server.wait_for(lambda: server.pings)
+        yield server, worker.ready(), folder
+    assert_clean(server)
+
+
 @pytest.fixture
-def breaks(shared):
-    """Breaks the shared worker's pipeline in one way, for one test."""
-    file = shared[2] / "break"
+def breaks(light):
+    """Breaks the light worker in one way, for one test."""
+    file = light[2] / "break"
     yield file.write_text
     file.unlink(missing_ok=True)
 
@@ -110,12 +125,8 @@ def test_jobs_and_failures_are_answered(shared):
 
 
 def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
-    """Jobs without input, with NaN, 5,000 digits or lone surrogates are answered; what has no id is let go."""
+    """Jobs without input, with NaN, 5,000 digits or lone surrogates are answered."""
     server = shared[0]
-    server.submit_raw([1])
-    server.submit_raw({"input": SHORT})
-    server.submit_raw(b"{")
-    server.submit_raw(b"[" * 100_000)
     bad = [server.submit_raw({"id": "x-1"}, "x-1"), server.submit({**SHORT, "bad\ud800": 1}), server.submit(None)]
     for number in (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-" + b"9" * 5000):
         job_id = f"n-{len(bad)}"
@@ -126,31 +137,39 @@ def test_what_the_queue_sends_is_answered_where_it_has_an_id(shared):
     assert "U+FFFD" in server.result(surrogate)["output"]["metadata"]["warnings"][0]
 
 
-def test_the_store_must_be_writable(world, tmp_path, monkeypatch):
-    """A store that cannot be written to is SETUP_FAILED where a file is missing in it, and only there."""
-    (tmp_path / "file").touch()
-    for name, value in {**world.environ(), "CHECKPOINT_DIR": str(tmp_path / "file" / "below")}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(handler.SetupFailed, match="MODEL_CACHE_DIR") as caught:
-        handler.check_store(handler.Settings.from_environ())
-    assert str(tmp_path) not in str(caught.value)
-    monkeypatch.setenv("CHECKPOINT_DIR", str(world.checkpoint.parent))
-    handler.check_store(handler.Settings.from_environ())
+def test_polls_that_bring_no_job(light):
+    """After an answer of 200 without a job the queue is asked again in a second, and the log says so once a minute."""
+    server, worker, _ = light
+    server.wait_for(server.open_polls)
+    first = len(server.polls) - 1
+    for nothing in ([1], {"input": SHORT}, b"{", b"[" * 100_000):
+        server.submit_raw(nothing)
+    assert is_good(server.result(server.submit(SHORT)))
+    brought = [poll for poll in server.polls[first:] if poll.taken][:5]
+    assert all(later.started - earlier.ended > 0.95 for earlier, later in itertools.pairwise(brought))
+    assert worker.log.read_text().count("HTTP 200 without a job") == 1
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), {1: {2: object()}}, "cycle"])
-def test_an_answer_that_is_no_json(value):
+@pytest.mark.parametrize("how", ["object", "nan", "deep", "cycle"])
+def test_an_answer_that_is_no_json(light, breaks, how):
     """An answer that strict JSON cannot carry becomes GENERATION_FAILED instead of a job that hangs."""
-    if value == "cycle":
-        value = [value]
-        value.append(value)
-    body, refresh = handler.JobLoop(lambda *_: {"images": value}, Future()).run_to_body({"id": "x"}, handler.Observer())
-    assert json.loads(body)["output"] == {"code": "GENERATION_FAILED"} and not refresh
+    breaks(how)
+    result = light[0].result(light[0].submit(SHORT))
+    assert result["output"] == {"code": "GENERATION_FAILED"} and "stopPod" not in result
 
 
-def test_answers_are_posted_until_they_are_accepted(shared):
+def test_a_job_that_cannot_be_begun(light, breaks):
+    """What fails between taking a job and its turn is answered, and the next job is taken."""
+    server = light[0]
+    breaks("unlisted")
+    assert server.result(server.submit(SHORT))["output"] == {"code": "GENERATION_FAILED"}
+    breaks("")
+    assert is_good(server.result(server.submit(SHORT)))
+
+
+def test_answers_are_posted_until_they_are_accepted(light):
     """Resets, 429 and 5xx on the result's post are tried again, beside the next job; it is accepted once."""
-    server = shared[0]
+    server = light[0]
     server.inject("job-done", ["reset", 429, 500, 503], "job-retried")
     server.submit_raw({"id": "job-retried", "input": SHORT}, "job-retried")
     beside = server.submit(SHORT)
@@ -159,17 +178,17 @@ def test_answers_are_posted_until_they_are_accepted(shared):
     assert server.jobs[beside].results[0].arrived < server.jobs["job-retried"].results[0].arrived
 
 
-def test_a_refused_answer_is_replaced(shared):
+def test_a_refused_answer_is_replaced(light):
     """What RunPod refuses for good is answered by a short error: clients would see COMPLETED without output."""
-    server = shared[0]
+    server = light[0]
     server.inject("job-done", [413], "job-refused")
     server.submit_raw({"id": "job-refused", "input": SHORT}, "job-refused")
     assert server.result("job-refused")["output"] == {"code": "GENERATION_FAILED"}
 
 
-def test_a_failing_queue_is_asked_again(shared):
+def test_a_failing_queue_is_asked_again(light):
     """204, 400, a 5xx and a reset of the poll keep no job from being taken."""
-    server = shared[0]
+    server = light[0]
     server.inject("job-take", [204, 400, 503, "reset"])
     server.result(server.submit(SHORT))
     assert is_good(server.result(server.submit(SHORT)))
@@ -180,12 +199,15 @@ def test_a_failing_queue_is_asked_again(shared):
 # progress, heartbeat, jobs in flight
 
 
-def test_progress_and_heartbeat(shared):
+def test_progress_and_heartbeat(light, breaks):
     """Updates name step, steps and percent, at most one a second, each answered before the result is sent; the
     heartbeat names the job while it is held, and no longer."""
-    server = shared[0]
+    server = light[0]
+    breaks("hold")
     job = server.jobs[server.submit({**SHORT, "steps": 120})]
     server.wait_for(lambda: any(ping.ids == [job.id] for ping in server.pings))
+    server.wait_for(lambda: len(job.progress) > 1)
+    breaks("")
     server.result(job.id)
     updates = [post.payload["output"] for post in job.progress]
     assert updates[0] == {"step": 1, "steps": 120, "percent": 1} and len(updates) > 1
@@ -197,9 +219,35 @@ def test_progress_and_heartbeat(shared):
     assert server.pings[-1].ids == []
 
 
-def test_a_hanging_update_is_closed_before_the_result(shared):
+def kill_heartbeat(server: RunPodServer, worker: Worker) -> int:
+    """Kills the worker's heartbeat and waits until it is buried; returns how many pings there were."""
+    others = server.wait_for(lambda: set(family(worker)) - {worker.process.pid})
+    (heartbeat,) = others
+    os.kill(heartbeat, signal.SIGKILL)
+    server.wait_for(lambda: not Path(f"/proc/{heartbeat}").exists())
+    return len(server.pings)
+
+
+def test_a_killed_heartbeat_comes_back(light, breaks):
+    """A heartbeat that is killed is logged, buried and followed by another, which names the job that is held now, and
+    none that was answered."""
+    server, worker, _ = light
+    breaks("hold")
+    job_id = server.submit(SHORT)
+    server.wait_for(lambda: server.jobs[job_id].taken)
+    pings = kill_heartbeat(server, worker)
+    server.wait_for(lambda: any(ping.ids == [job_id] for ping in server.pings[pings:]))
+    breaks("")
+    server.result(job_id)
+    again = kill_heartbeat(server, worker)
+    server.wait_for(lambda: len(server.pings) >= again + 2)
+    assert server.pings[-1].ids == []
+    assert worker.log.read_text().count("the heartbeat ended with status -9") == 2
+
+
+def test_a_hanging_update_is_closed_before_the_result(light):
     """An update that RunPod does not answer is waited for 2 s at most, and its connection closed before the result."""
-    server = shared[0]
+    server = light[0]
     server.inject("progress", ["hang"], "job-hanging")
     server.submit_raw({"id": "job-hanging", "input": SHORT}, "job-hanging")
     server.result("job-hanging")
@@ -208,11 +256,10 @@ def test_a_hanging_update_is_closed_before_the_result(shared):
     assert 1.5 < job.progress[0].ended - job.progress[0].arrived < 4
 
 
-def test_jobs_in_flight(shared, breaks):
+def test_jobs_in_flight(light):
     """The next job is asked for, alone, once this one denoises; no more than two are held; polls ask for one."""
-    server = shared[0]
-    breaks("slow")
-    jobs = [server.jobs[server.submit({**SHORT, "steps": 30, "prompt": f"cat {n}"})] for n in range(3)]
+    server = light[0]
+    jobs = [server.jobs[server.submit({"steps": 30, "encode_s": 1})] for _ in range(3)]
     for job in jobs:
         server.result(job.id)
     for job, following in itertools.pairwise(jobs):
@@ -245,18 +292,19 @@ def test_four_workers_in_one_folder():
 # the end of a worker
 
 
-def test_killed_and_restarted(start, server, tmp_path):
+def test_killed_and_restarted(start_light, server, tmp_path):
     """After kill -9 in a job nobody pings that job, and a worker started in the same folder takes jobs again, one at a
     time with JOBS_IN_FLIGHT=1; idle, it exits with 0 within 5 s of SIGTERM."""
-    first = start().ready()
-    dead = server.submit({**SHORT, "steps": 150, "width": 512})
+    first = start_light().ready()
+    (tmp_path / "break").write_text("hold")
+    dead = server.submit(SHORT)
     server.wait_for(lambda: any(ping.ids == [dead] for ping in server.pings))
     first.process.kill()
     first.wait(5)
     server.wait_for(lambda: not family(first), 2)
-    pings = len(server.pings)
-    polls = len(server.polls)
-    second = start(JOBS_IN_FLIGHT="1")
+    pings, polls = len(server.pings), len(server.polls)
+    (tmp_path / "break").unlink()
+    second = start_light(JOBS_IN_FLIGHT="1")
     server.wait_for(lambda: len(server.polls) > polls)
     jobs = [server.jobs[server.submit(SHORT)] for _ in range(2)]
     assert all(is_good(server.result(job.id)) for job in jobs)
@@ -269,9 +317,9 @@ def test_killed_and_restarted(start, server, tmp_path):
     assert not server.jobs[dead].results and not list(tmp_path.glob(".runpod*"))
 
 
-def test_sigterm_in_a_job(start, server):
+def test_sigterm_in_a_job(start_light, server):
     """SIGTERM in a job: it is answered, the job that the open poll still brings too, nothing else is asked for."""
-    worker = start().ready()
+    worker = start_light().ready()
     running = server.submit(LONG)
     server.wait_for(lambda: server.jobs[running].progress and server.open_polls())
     worker.terminate()
@@ -285,7 +333,7 @@ def test_sigterm_in_a_job(start, server):
 @pytest.mark.parametrize("after_s", [0.2, 2.0, 4.0])
 def test_sigterm_while_loading(start, after_s):
     """SIGTERM ends a worker within 5 s while it loads; its heartbeat too."""
-    worker = start(LORAS="135867")
+    worker = start()
     time.sleep(after_s)
     worker.terminate()
     assert worker.wait(5) in (0, -signal.SIGTERM)  # at first there is only Python
@@ -300,7 +348,7 @@ def test_sigterm_as_pid_1(start):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs process namespaces")
     code = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    worker = start("-c", code, *unshare, sys.executable, str(Path(handler.__file__)))
+    worker = start("-c", code, *unshare, sys.executable, str(ROOT / "handler.py"))
     time.sleep(3)
     pid = worker.process.pid
     child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
@@ -308,20 +356,29 @@ def test_sigterm_as_pid_1(start):
     assert worker.wait(5) == 0
 
 
-def test_a_failed_start_is_answered(start, server):
-    """Models that cannot be made ready are SETUP_FAILED with refresh, told to one job; then the worker ends."""
-    worker = start(ALLOW_CPU="0")
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [("ALLOW_CPU", "0", "ALLOW_CPU"), ("CHECKPOINT_DIR", "/dev/null/below", "MODEL_CACHE_DIR")],
+)
+def test_a_failed_start_is_answered(start, server, setting, value, named):
+    """Models that cannot be made ready, or a store that cannot be written to, are SETUP_FAILED with refresh, told to
+    one job; then the worker ends."""
+    worker = start(**{setting: value, "LORA_DIR": "/dev/null/below"})  # no file is missing there
     jobs = [server.submit(SHORT) for _ in range(2)]
     result = server.result(jobs[0])
-    assert result["output"] == {"code": "SETUP_FAILED"} and result["stopPod"] is True and "ALLOW_CPU" in result["error"]
+    assert result["output"] == {"code": "SETUP_FAILED"} and result["stopPod"] is True and named in result["error"]
+    assert "/dev/null" not in result["error"]
     assert worker.wait(5) == 0
     assert not server.jobs[jobs[1]].taken
 
 
-def test_a_lost_gpu_takes_no_more_jobs(start, server, tmp_path):
-    """A CUDA error that ends the process's use of the GPU is answered with refresh; no job is asked for after it."""
-    worker = start(BREAKABLE).ready()
-    (tmp_path / "break").write_text("fatal")
+@pytest.mark.parametrize("how", ["fatal", "escape"])
+def test_a_lost_gpu_takes_no_more_jobs(request, server, tmp_path, how):
+    """A CUDA error that ends the process's use of the GPU, or a failure that no job catches, is answered with refresh;
+    no job is asked for after it."""
+    worker = request.getfixturevalue("start")(BREAKABLE) if how == "fatal" else request.getfixturevalue("start_light")()
+    worker.ready()
+    (tmp_path / "break").write_text(how)
     jobs = [server.submit(SHORT) for _ in range(6)]
     lost = server.result(jobs[0])
     assert lost["output"] == {"code": "GENERATION_FAILED"} and lost["stopPod"] is True
@@ -336,6 +393,8 @@ def test_a_lost_gpu_takes_no_more_jobs(start, server, tmp_path):
 
 def test_canaries(shared):
     """Keys, bucket secrets and prompts are in no log line, update, answer or file, with every log line switched on."""
+    from world import API_KEY
+
     server, worker, folder = shared
     config = {"accessId": "a", "accessSecret": SECRET, "bucketName": "b", "endpointUrl": "http://127.0.0.1:9"}
     job_id = server.submit({**LONG, "prompt": PROMPT}, s3Config=config)
@@ -350,9 +409,9 @@ def test_canaries(shared):
     assert PROMPT.encode() not in written and b"a cat" not in written
 
 
-def test_sigterm_while_idle(shared):
+def test_sigterm_while_idle(light):
     """A job that comes within the last poll of an idle worker told to stop is run and answered."""
-    server, worker, _ = shared
+    server, worker, _ = light
     server.wait_for(server.open_polls)
     worker.terminate()
     time.sleep(1)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seams
 from civitai_server import CivitaiServer, Fault, sha256
 from test_downloads import KEY, MIB, TESTS, leftovers, write_model
 
@@ -31,8 +32,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiS
     """Civitai with a checkpoint and two LoRAs, which are what the settings ask for."""
     names = ["civitai_1", "detail_tweaker_xl", "hand_detail_flux_xl"]
     files = {n: write_model(tmp_path / f"{name}.origin", MIB) for n, name in zip([1, *IDS], names, strict=False)}
-    for name, value in {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "MIN_SPAN": MIB // 4}.items():
-        monkeypatch.setattr(handler, name, value)
+    seams.tune(monkeypatch, **seams.QUICK)
     with CivitaiServer(files, key=KEY) as server:
         environ = {"CIVITAI_BASE_URL": server.url, "CIVITAI_API_KEY": KEY, "MODEL_CACHE_DIR": str(tmp_path / "models")}
         for name, value in (environ | {"CHECKPOINT": "1", "LORAS": "135867,294259@0.5"}).items():
@@ -65,7 +65,7 @@ def test_all_files_side_by_side(server, tmp_path):
 def test_lora_that_cannot_be_had(server):
     """A LoRA that cannot be fetched is named with its reason; the others and the checkpoint are there."""
     server.faults[294259] = [Fault("api", status=403, times=-1)]
-    files = handler.fetch_models(handler.Settings.from_environ())
+    files = seams.fetch_models(seams.Settings.from_environ())
     assert list(files.loras) == ["detail_tweaker_xl"]
     assert files.checkpoint.exists()
     assert "294259" in files.failed["hand_detail_flux_xl"]
@@ -107,7 +107,7 @@ def test_warm_start(server):
 def test_read_only_store(server, monkeypatch):
     """Files in place serve from a store that cannot be written, recorded or not."""
     checkpoint, _ = handler.setup_models()
-    handler.record_file(checkpoint).unlink()
+    seams.record_of(checkpoint).unlink()
     server.clear()
     real = os.open
 
@@ -127,8 +127,8 @@ def test_file_put_there_by_hand(server, tmp_path):
     shutil.copy(server.files[135867], tmp_path / "detail.safetensors")
     path = handler.ensure_model_exists(config(), tmp_path)
     assert server.requests == []
-    assert handler.record_file(path).exists()
-    assert handler.recorded_sha256(path) is None
+    assert seams.record_of(path).exists()
+    assert seams.recorded_sha256(path) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "web page", "empty"])
@@ -154,13 +154,13 @@ def test_unusable_file_is_removed(server, tmp_path):
 def test_touched_file(server, tmp_path):
     """A file that was touched is hashed: taken where it is the same, fetched again where a byte has changed."""
     path = handler.ensure_model_exists(config(), tmp_path)
-    digest = handler.recorded_sha256(path)
+    digest = seams.recorded_sha256(path)
     os.utime(path)
-    assert handler.recorded_sha256(path) is None
+    assert seams.recorded_sha256(path) is None
     server.clear()
     handler.ensure_model_exists(config(), tmp_path)
     assert server.requests == []
-    assert handler.recorded_sha256(path) == digest
+    assert seams.recorded_sha256(path) == digest
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -176,22 +176,22 @@ def test_configured_hash_of_a_file_in_place(server, tmp_path):
     assert server.requests == []
     handler.ensure_model_exists(config(sha256=digest), tmp_path)
     assert path.read_bytes() == server.files[135867].read_bytes()
-    assert handler.recorded_sha256(path) == digest.lower()
+    assert seams.recorded_sha256(path) == digest.lower()
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b"{", b'{"size": "x"}', b"\xff"])
 def test_damaged_record(server, tmp_path, record):
     """A record that cannot be read is as none."""
     path = handler.ensure_model_exists(config(), tmp_path)
-    handler.record_file(path).write_bytes(record)
-    assert handler.recorded_sha256(path) is None
+    seams.record_of(path).write_bytes(record)
+    assert seams.recorded_sha256(path) is None
     assert handler.ensure_model_exists(config(), tmp_path) == path
 
 
 def test_read_ahead(tmp_path):
     """Reading ahead brings every byte of the files into the page cache."""
     paths = [write_model(tmp_path / f"{size}.safetensors", size * MIB) for size in (70, 3)]
-    ahead = handler.ReadAhead()
+    ahead = seams.read_ahead()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -208,8 +208,8 @@ def test_read_ahead(tmp_path):
 @pytest.mark.parametrize(("slow_s", "readers"), [(60, 2), (0.01, 8)])
 def test_readers(tmp_path, monkeypatch, slow_s, readers):
     """Two read ahead on a fast disk, eight where every read waits for a server; none stays when all is read."""
-    monkeypatch.setattr(handler, "READ_BYTES", MIB)
-    monkeypatch.setattr(handler, "SLOW_READ_S", slow_s)
+    seams.tune(monkeypatch, READ_BYTES=MIB)
+    seams.tune(monkeypatch, SLOW_READ_S=slow_s)
     now = most = 0
     lock = threading.Lock()
 
@@ -225,7 +225,7 @@ def test_readers(tmp_path, monkeypatch, slow_s, readers):
         return MIB
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = handler.ReadAhead()
+    ahead = seams.read_ahead()
     for i in range(3):
         ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
     while ahead.readers:
@@ -240,6 +240,89 @@ def is_cached(descriptor: int, offset: int) -> bool:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:
         return False
+
+
+def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
+    """A chunk that cannot be read ahead is logged and left out; all others are read."""
+    seams.tune(monkeypatch, READ_BYTES=MIB)
+    read, real = [], os.preadv
+
+    def preadv(descriptor: int, buffers: list, offset: int, flags: int = 0) -> int:
+        if flags == os.RWF_NOWAIT:
+            raise BlockingIOError
+        if offset < 4 * MIB:
+            raise OSError(5, "Input/output error")
+        read.append(offset)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    ahead = seams.read_ahead()
+    ahead.add(write_model(tmp_path / "a.safetensors", 20 * MIB))
+    while ahead.readers:
+        time.sleep(0.01)
+    assert sorted(read) == list(range(4 * MIB, 21 * MIB, MIB))
+    assert "cannot be read ahead" in caplog.text
+
+
+# room on the disk
+
+
+def test_no_room_for_all(server, tmp_path, monkeypatch):
+    """Files that fit one by one but not together are refused before the first byte, with the sum in MB."""
+    real = os.statvfs
+    blocks = int(2.5 * MIB) // 4096
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: os.statvfs_result((4096, 4096, blocks, blocks, blocks, *real("/")[5:]))
+    )
+    with pytest.raises(handler.DownloadError, match="need 3 MB, but the model store has 3 MB free"):
+        handler.setup_models()
+    assert server.bytes_sent("cdn") == 3  # those that ask for the sizes
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+# what nobody resumes
+
+
+@pytest.mark.parametrize("name", ["another.safetensors", "detail_tweaker_xl.safetensors", "civitai_1.safetensors"])
+@pytest.mark.parametrize("owner", ["ended here", "elsewhere", "silent elsewhere", "given up"])
+def test_sweep(server, tmp_path, owner, name):
+    """Every start deletes what downloads left of models that nobody configures, or that are in place, where their
+    worker has ended here or was silent for a day; what may be resumed, or is at work, stays."""
+    folder = tmp_path / "models" / "loras"
+    folder.mkdir(parents=True)
+    if name.startswith("detail"):
+        shutil.copy(server.files[135867], folder / name)
+    owners = {"ended here": seams.dead_owner(), "given up": "free-0-abcdef01"}
+    left = [folder / f".{name}.{owners.get(owner, ELSEWHERE)}.{kind}" for kind in ("part", "journal")]
+    left.append(folder / f".{name}.lock")
+    for file in left:
+        file.write_text(f"{owners.get(owner, ELSEWHERE)} 5")
+        if owner == "silent elsewhere":
+            os.utime(file, (time.time() - 90_000,) * 2)
+    seams.sweep()
+    swept = owner in ("ended here", "silent elsewhere")
+    assert [file.exists() for file in left] == [not swept] * 3
+
+
+def test_sweep_keeps_what_is_resumed(server, tmp_path):
+    """The part of a configured model that is missing is kept for its download, however old it is."""
+    folder = tmp_path / "models" / "checkpoints"
+    folder.mkdir(parents=True)
+    part = folder / f".civitai_1.safetensors.{seams.dead_owner()}.part"
+    part.write_bytes(b"x")
+    seams.sweep()
+    assert part.exists()
+
+
+def test_another_checkpoint(server, tmp_path, monkeypatch):
+    """A download killed, then another CHECKPOINT: nothing of the first is left."""
+    server.rate = MIB / 2
+    store = tmp_path / "models" / "checkpoints"
+    play((store, 1, 0.5))
+    assert list(store.glob(".detail.safetensors.*.part"))
+    server.rate = None
+    handler.setup_models()
+    assert sorted(file.name for file in store.iterdir()) == [".civitai_1.safetensors.json", "civitai_1.safetensors"]
 
 
 # workers that are killed, and many at once: real processes, forked from one that has its imports
@@ -274,7 +357,7 @@ for folder, workers, kill_after in job["acts"]:
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(json.dumps([statuses, time.monotonic(), sorted(os.listdir(folder)) if os.path.isdir(folder) else []]))
 """
-FAST = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0, "CONNECTIONS": 8, "MIN_SPAN": MIB // 4}
+FAST = {**seams.QUICK_LOCKS, "SEGMENT": 32 * 1024, "BLOCK": 32 * 1024}
 Act = tuple[Path, int, float | None]  # a store, how many workers fetch into it, and when they are killed
 
 
@@ -358,14 +441,13 @@ def make_lock(folder: Path, owner: str = ELSEWHERE, mtime: float | None = None) 
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in FAST.items():
-        monkeypatch.setattr(handler, name, value)
+    seams.tune(monkeypatch, **FAST)
 
 
 def test_a_dead_worker_blocks_nobody_for_a_minute():
     """A lock without a beat is taken over within a minute, and a living worker has several beats in that time."""
-    assert handler.LOCK_DEAD_S + 2 * handler.LOCK_POLL_S < 60
-    assert handler.LOCK_BEAT_S * 4 < handler.LOCK_DEAD_S
+    assert seams.constant("LOCK_DEAD_S") + 2 * seams.constant("LOCK_POLL_S") < 60
+    assert seams.constant("LOCK_BEAT_S") * 4 < seams.constant("LOCK_DEAD_S")
 
 
 @pytest.mark.parametrize("skew_s", [-1e6, 0, 1e6])
@@ -374,16 +456,16 @@ def test_dead_lock(server, tmp_path, hurry, skew_s):
     make_lock(tmp_path / "store", mtime=time.time() + skew_s)
     started = time.monotonic()
     handler.ensure_model_exists(config(), tmp_path / "store")
-    assert handler.LOCK_DEAD_S < time.monotonic() - started < handler.LOCK_DEAD_S + 3
+    assert seams.constant("LOCK_DEAD_S") < time.monotonic() - started < seams.constant("LOCK_DEAD_S") + 3
     assert leftovers(tmp_path) == []
 
 
 def test_living_lock(server, tmp_path, hurry):
     """A lock whose beat goes on is waited for, and what its owner has fetched is taken."""
     lock = make_lock(tmp_path / "store")
-    waiting = handler.in_background(handler.ensure_model_exists, config(), tmp_path / "store")
+    waiting = seams.in_background(handler.ensure_model_exists, config(), tmp_path / "store")
     for beat in range(6, 66):
-        time.sleep(handler.LOCK_DEAD_S / 30)
+        time.sleep(seams.constant("LOCK_DEAD_S") / 30)
         lock.write_text(f"{ELSEWHERE} {beat}")
     assert not waiting.done()
     assert server.requests == []
@@ -393,11 +475,55 @@ def test_living_lock(server, tmp_path, hurry):
     assert server.requests == []
 
 
+def fail_beats(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next beats of locks cannot be written."""
+    real, failed = os.pwrite, []
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        if bytes(data).startswith(seams.machine().encode()) and len(failed) < times:
+            failed.append(descriptor)
+            raise OSError(116, "Stale file handle")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+def test_beat_that_fails_for_a_while(server, tmp_path, hurry, monkeypatch, caplog):
+    """A live lock whose beat cannot be written for a while is not taken over; the log says so once."""
+    fail_beats(monkeypatch, times=4)
+    server.faults[135867] = [Fault("cdn"), Fault("cdn", delay_s=2.5)]
+    store = tmp_path / "store"
+    workers = [seams.in_background(handler.ensure_model_exists, config(), store) for _ in range(2)]
+    assert {worker.result(60) for worker in workers} == {store / "detail.safetensors"}
+    assert "taking over" not in caplog.text
+    assert caplog.text.count("beat cannot be written") == 1
+    assert sent(server) < 1.1 * server.files[135867].stat().st_size
+
+
+def test_lock_that_was_lost(server, tmp_path, hurry):
+    """A worker whose lock was taken over does not publish over the other's file: it waits, and takes that one."""
+    server.rate = MIB / 8
+    store = tmp_path / "store"
+    fetching = seams.in_background(handler.ensure_model_exists, config(), store)
+    while not sent(server) > 3 * 65536:
+        time.sleep(0.02)
+    lock = make_lock(store)
+    server.rate = None
+    for beat in range(6, 66):
+        time.sleep(seams.constant("LOCK_DEAD_S") / 30)
+        lock.write_text(f"{ELSEWHERE} {beat}")
+    assert not (store / "detail.safetensors").exists()
+    shutil.copy(server.files[135867], store / "detail.safetensors")
+    inode = (store / "detail.safetensors").stat().st_ino
+    lock.unlink()
+    assert fetching.result(30).stat().st_ino == inode
+
+
 def test_lock_of_a_gone_process(server, tmp_path):
     """A lock of a process of this machine that has ended is taken over at once."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    make_lock(tmp_path / "store", f"{handler.machine()}-{ended.pid}-abcdef01")
+    make_lock(tmp_path / "store", f"{seams.machine()}-{ended.pid}-abcdef01")
     started = time.monotonic()
     handler.ensure_model_exists(config(), tmp_path / "store")
     assert time.monotonic() - started < 5
@@ -433,7 +559,7 @@ def test_part_of_another_machine(server, tmp_path, hashed):
         play((store, 1, 0.4))
         (journal,) = store.glob("*.journal")
         if where == "elsewhere":
-            journal.write_bytes(journal.read_bytes().replace(handler.machine().encode(), b"0123456789ab", 1))
+            journal.write_bytes(journal.read_bytes().replace(seams.machine().encode(), b"0123456789ab", 1))
         server.rate = None
         server.faults[135867] = [] if hashed else [Fault("info", status=404, times=-1)]
         path = handler.ensure_model_exists(config(), store)
@@ -458,7 +584,7 @@ def test_leftovers_without_their_other_half(server, tmp_path):
     """A part without its journal, a journal without its part and a record half written are deleted."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    owner = f"{handler.machine()}-{ended.pid}-abcdef0"
+    owner = f"{seams.machine()}-{ended.pid}-abcdef0"
     (tmp_path / "store").mkdir()
     for n, kind in enumerate(["part", "journal"]):
         (tmp_path / "store" / f".detail.safetensors.{owner}{n}.{kind}").write_bytes(b"{")
@@ -484,7 +610,7 @@ def test_torn_journal(server, tmp_path):
     (journal,) = (tmp_path / "store").glob("*.journal")
     journal.write_bytes(journal.read_bytes()[:-7])
     path = handler.ensure_model_exists(config(), tmp_path / "store")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == handler.recorded_sha256(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == seams.recorded_sha256(path)
 
 
 def test_given_up_and_tried_again(server, tmp_path):
@@ -504,7 +630,7 @@ def test_no_hash_of_a_file_that_is_gone(tmp_path):
     """A file deleted from under a running worker has no recorded hash; no job fails for it."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
-    handler.write_record(path, path.stat(), "ab" * 32)
-    assert handler.recorded_sha256(path) == "ab" * 32
+    seams.write_record(path, "ab" * 32)
+    assert seams.recorded_sha256(path) == "ab" * 32
     path.unlink()
-    assert handler.recorded_sha256(path) is None
+    assert seams.recorded_sha256(path) is None

@@ -3,7 +3,7 @@
     python tests/benchmarks/idle_gpu.py     20 jobs of 1.2 s GPU and 0.45 s encoding, simulated by sleeping
     python tests/benchmarks/idle_gpu.py --gpu 2 --images 0.3 --jobs 50 --workers 1 2 4
 
-Ways of serving: "loop" is handler.py's JobLoop with its default of two jobs in flight, "sdk" the SDK's plain loop,
+Ways of serving: "loop" is handler.py's loop with its default of two jobs in flight, "sdk" the SDK's plain loop,
 "tight" calls the job function again and again without any queue. A job's GPU work and the encoding of its images are
 sleeps of the given length, the first under a lock as in handler.py, so that no GPU is needed and nothing but the
 loops differs; its answer carries 4 MB of base64, one 1024x1024 PNG.
@@ -57,11 +57,9 @@ class Simulation:
 def serve(way: str, simulation: Simulation) -> None:
     """The worker process."""
     if way == "loop":
-        import handler
+        import seams
 
-        handler.configure_logging()
-        handler.run_job, handler.set_up = simulation.run, lambda: 2
-        handler.serve_queue()
+        seams.serve_with(simulation.run)
     else:
         import runpod
 
@@ -107,6 +105,7 @@ def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer
     ]
     try:
         server.wait_for(lambda: len({poll.pod for poll in server.open_polls()}) == len(notes))
+        server.wait_for(lambda: len({ping.pod for ping in server.pings}) == len(notes))  # the heartbeats' start is over
         ids = [server.submit({"n": n}) for n in range(options.jobs)]
         for job_id in ids:
             server.result(job_id, timeout=600)

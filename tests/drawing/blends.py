@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
@@ -26,10 +27,10 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import seams  # noqa: E402
-from drawing import model, scenes, scoring  # noqa: E402
-from drawing.drawing_world import build_drawing_world  # noqa: E402
 
 import handler  # noqa: E402
+from drawing import model, scenes, scoring  # noqa: E402
+from drawing.drawing_world import build_drawing_world  # noqa: E402
 
 STEPS, GUIDANCE, BATCH = 14, 4.5, 8
 
@@ -197,7 +198,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ |= build_drawing_world(TESTS / ".cache").environ() | {"LORAS": ""}
     pipe = handler.load_pipeline()
-    pipe.scheduler = seams.diffusers_scheduler(pipe)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
     print("| rule | " + " | ".join(PLACES) + " |\n|---|" + "---|" * len(PLACES), flush=True)

@@ -1,0 +1,66 @@
+"""handler.py without models: a job takes 20 ms a step, and its answer is one image that is none.
+
+    {"steps": 2, "encode_s": 0.0}    what such a job may ask for
+
+The file "break" in the working directory says what goes wrong:
+
+    hold       no job ends
+    unlisted   the SDK cannot note down the job that was taken
+    escape     the job raises
+    object, nan, deep, cycle    the answer is nothing that JSON can carry
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import seams
+
+STEP_S = 0.02
+GPU = threading.Lock()
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+UNFIT = {"object": object(), "nan": float("nan"), "deep": {1: {2: object()}}, "cycle": CYCLE}
+
+
+def breakage() -> str:
+    file = Path("break")
+    return file.read_text() if file.exists() else ""
+
+
+def run(job: dict[str, Any], observer: Any) -> dict[str, Any]:
+    steps = job["input"].get("steps", 2)
+    with GPU:
+        time.sleep(job["input"].get("encode_s", 0))
+        observer.denoising()
+        for step in range(1, steps + 1):
+            time.sleep(STEP_S)
+            observer.step(step, steps)
+        while breakage() == "hold":
+            time.sleep(STEP_S)
+    if breakage() == "escape":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return {"images": [UNFIT.get(breakage(), "A")], "seed": 1}
+
+
+def break_the_sdk() -> None:
+    from runpod.serverless.modules.worker_state import JobsProgress
+
+    note_down = JobsProgress.add
+
+    def add(self: Any, element: object) -> None:
+        if breakage() == "unlisted":
+            raise OSError(28, "No space left on device")
+        note_down(self, element)
+
+    JobsProgress.add = add
+
+
+if __name__ == "__main__":
+    seams.import_sdk()
+    break_the_sdk()
+    seams.serve_with(run)
