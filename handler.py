@@ -2403,7 +2403,7 @@ def merge_alike(states: Any, most: int) -> Any:
     """
     count, device = len(states), states.device
     group = torch.arange(count, device=device)  # state -> row of its mean in what follows
-    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e30)
+    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
     likeness = (states @ states.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
     likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
     likeness.fill_diagonal_(-math.inf)
