@@ -22,7 +22,7 @@ import torch
 
 import handler
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent  # the folder that models for tests are cached in
 
 
 def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
@@ -141,8 +141,10 @@ def load_in_float16() -> None:
 
 # --- LoRAs
 
+adapter_names = handler.adapter_names  # which adapter a LoRA of the table is, without loading a stack
+
 LoraStack = handler.LoraStack  # LoraStack(pipe, files).apply(scales); failed, warnings, embeddings, applied
-LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)
+LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)  # the models that files may change: each is tried
 
 
 def changed_tensors(stack: handler.LoraStack) -> set[str]:
@@ -175,10 +177,11 @@ def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[lis
 
 # --- sampling
 
-SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]
-SCHEDULES = list(handler.SCHEDULES)
-SAMPLING_NAMES = sorted({str(sampling) for sampling in handler.spelled_samplings().values()})
-OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"]
+SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]  # all that k-diffusion has
+SCHEDULES = list(handler.SCHEDULES)  # so that none goes untried
+SAMPLING_NAMES = sorted({str(name) for name in handler.spelled_samplings().values()})  # what the README lists
+OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"]  # the official worker\'s names
+OFFICIAL += ["DPMSolverMultistep", "DPMSolverSinglestep"]
 
 
 def sampling_name(sampler: Any, schedule: Any = None) -> str:
@@ -341,7 +344,22 @@ def import_sdk() -> None:
 
 # --- pipeline
 
-COMPILED_BLOCKS = handler.COMPILED_BLOCKS
+
+def begin_start(settings: handler.Settings) -> Callable[[], Path]:
+    """The first part of a cold start, which the benchmark times alone: files beside imports; gives the checkpoint."""
+    files = handler.in_background(handler.fetch_models, settings)
+    sdk = handler.in_background(handler.import_sdk)
+    handler.import_libraries()
+    sdk.result()
+    return lambda: files.result().checkpoint
+
+
+def build_pipeline(settings: handler.Settings, checkpoint: Path) -> Any:
+    """The bare checkpoint's pipeline in float16, which on a machine without a GPU no start builds."""
+    return handler.build_pipeline(settings, checkpoint, handler.torch.float16)
+
+
+COMPILED_BLOCKS = handler.COMPILED_BLOCKS  # to count what torch.compile made
 
 
 def load_engine() -> handler.Engine:

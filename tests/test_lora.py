@@ -43,7 +43,7 @@ import handler
 
 SCALES = {
     name: config["scale"]
-    for name, config in zip(handler.adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
+    for name, config in zip(seams.adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
 }
 
 

@@ -1,10 +1,9 @@
-"""What a LoRA stack costs: handler.LoraStack beside diffusers' load_lora_weights, set_adapters and fuse_lora.
+"""What a LoRA stack costs: the worker's beside diffusers' load_lora_weights, set_adapters and fuse_lora.
 
     python tests/benchmarks/lora.py                 full size, float16, nine LoRAs over all 986 modules: 5 minutes
     python tests/benchmarks/lora.py --cpu-time      CPU seconds of one thread: for a machine that others use too
     python tests/benchmarks/lora.py --size tiny --repeat 1
     python tests/benchmarks/lora.py --kind loha     LoHa files; also lokr and dora: the worker alone, diffusers has none
-    python tests/benchmarks/lora.py --worker ../old the handler.py of another checkout, alone
 
 Both ways run in turn on fresh pipelines of the same checkpoint, in one process. A CUDA device is used where there is
 one. Checkpoint and LoRAs are in memory before the clock runs: reading a disk would cost both ways the same.
@@ -24,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-WORKER = sys.argv[sys.argv.index("--worker") + 1] if "--worker" in sys.argv else str(TESTS.parent)
-sys.path[:0] = [str(TESTS), WORKER]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import diffusers  # noqa: E402
+import seams  # noqa: E402
 import torch  # noqa: E402
 from world import Lora, Noise, World, build_world, lora_keys, lora_targets, write_lora, write_tensors  # noqa: E402
-
-import handler  # noqa: E402
 
 Seconds = defaultdict[str, list[float]]
 
@@ -91,7 +88,7 @@ def measure(seconds: Seconds, name: str, function: Callable[..., Any], *args: An
 
 def run_worker(pipe: Any, files: dict[str, Path], scales: dict[str, float], seconds: Seconds) -> None:
     """The worker's way, with a job's changes of the stack."""
-    stack = measure(seconds, "read", handler.LoraStack, pipe, files)
+    stack = measure(seconds, "read", seams.LoraStack, pipe, files)
     assert not stack.failed, stack.failed
     pipe.to(DEVICE)
     measure(seconds, "merge", stack.apply, scales)
@@ -164,7 +161,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--loras", type=int, default=9)
     parser.add_argument("--kind", choices=("lora", "loha", "lokr", "dora"), default="lora")
-    parser.add_argument("--worker", help="the folder of another checkout, whose handler.py is measured alone")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
@@ -182,7 +178,7 @@ def main() -> None:
     )
     print(f"{options.loras} files ({options.kind}, rank {options.rank}), {size / 1e9:.2f} GB; {options.repeat} rounds")
     print(f"seconds by {CLOCK.__name__}")
-    alone = options.kind != "lora" or options.worker is not None
+    alone = options.kind != "lora"
     print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat, alone)))
 
 
