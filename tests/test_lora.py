@@ -21,7 +21,7 @@ import torch
 from lora_kinds import KINDS
 from lora_kinds import draw as numbers
 from safetensors.torch import load_file, save_file
-from seams import COMPILED_BLOCKS, LoraStack, changed_tensors, compile_unet, load_engine, merge_into
+from seams import COMPILED_BLOCKS, LoraStack, adapter_names, changed_tensors, compile_unet, load_engine, merge_into
 from seams import LORA_COMPONENTS as PARTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import (
@@ -43,7 +43,7 @@ import handler
 
 SCALES = {
     name: config["scale"]
-    for name, config in zip(seams.adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
+    for name, config in zip(adapter_names(handler.LORA_CONFIGS), handler.LORA_CONFIGS, strict=True)
 }
 
 
