@@ -221,8 +221,7 @@ class Settings:
             raise SetupFailed(
                 "CIVITAI_API_KEY must be one word of plain ASCII; copy it again from your Civitai account page"
             )
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        if not is_address(base_url):
             raise SetupFailed("CIVITAI_BASE_URL must be an address such as https://civitai.com")
         cache = Path(environ.get("MODEL_CACHE_DIR") or default_cache_dir())
         return cls(
@@ -257,6 +256,19 @@ def default_cache_dir() -> Path:
     return on_volume if on_volume.is_dir() else Path("models")
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is the address of a server: scheme and host, and no user in it."""
+    with suppress(ValueError):  # "http://[" has no host that could be read
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return False
+
+
+def quoted(text: str) -> str:
+    """A setting as an error quotes it, unless it is long or an address: a pasted download link holds a token."""
+    return repr(text) if re.fullmatch(r"[\w@.,+\s-]{0,40}", text) else "an address or another long text"
+
+
 def parse_number(
     environ: Mapping[str, str], name: str, default: float, low: float, high: float, whole: bool = False
 ) -> float:
@@ -268,7 +280,7 @@ def parse_number(
         value = math.nan
     if not low <= value <= high:
         kind = "whole number" if whole else "number"
-        raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {text!r}")
+        raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {quoted(text)}")
     return value
 
 
@@ -277,7 +289,7 @@ def parse_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
     switches = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
     text = environ.get(name, "").lower()
     if text and text not in switches:
-        raise SetupFailed(f"{name} must be 1 or 0, got {text!r}")
+        raise SetupFailed(f"{name} must be 1 or 0, got {quoted(text)}")
     return switches.get(text, default)
 
 
@@ -286,7 +298,7 @@ def parse_checkpoint(text: str) -> dict[str, Any]:
     if not text or text == version_id(CHECKPOINT_CONFIG):
         return dict(CHECKPOINT_CONFIG)
     if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {text!r}")
+        raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {quoted(text)}")
     return {"name": f"civitai_{text}", "url": civitai_url(int(text)), "filename": f"civitai_{text}.safetensors"}
 
 
@@ -302,7 +314,7 @@ def parse_loras(text: str | None) -> list[dict[str, Any]]:
         if not abs(scale) <= MAX_LORA_SCALE:
             raise SetupFailed(
                 f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
-                f"such as 135867@1.5,294259; got {item!r}"
+                f"such as 135867@1.5,294259; got {quoted(item)}"
             )
         name = f"civitai_{found[1]}"
         config = known.get(found[1]) or lora_config(name, int(found[1]), scale, f"{name}.safetensors")
@@ -316,6 +328,8 @@ def parse_bucket(environ: Mapping[str, str]) -> Bucket | None:
     missing = [name for name in names if not environ.get(name)]
     if missing and len(missing) < len(names):
         raise SetupFailed(f"a bucket needs all of {', '.join(names)}; missing: {', '.join(missing)}")
+    if not missing and not is_address(environ[names[0]]):
+        raise SetupFailed(f"{names[0]} must be an address such as https://s3.eu-central-1.amazonaws.com")
     return None if missing else Bucket(*(environ[name] for name in names))
 
 
@@ -1426,7 +1440,10 @@ def as_setup_failure(message: str) -> Iterator[None]:
     what to choose instead."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError),
+        safetensors.SafetensorError,
+    ) as error:
         if is_out_of_memory(error):
             message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
         elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
@@ -1538,7 +1555,12 @@ def scale_float8(pipe: Any, checkpoint: Path) -> None:
     layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
     layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
     for name, scale in scales.items():
-        weight = attrgetter(layers[name.removesuffix(".scale_weight")])(pipe).weight
+        layer = layers.get(name.removesuffix(".scale_weight"))
+        if layer is None and name.startswith("first_stage_model."):  # its VAE is not used
+            continue
+        if layer is None:
+            raise SetupFailed(f"the checkpoint has scaled float8 weights that cannot be read here, such as {name}")
+        weight = attrgetter(layer)(pipe).weight
         weight.data = (weight.data.float() * scale.float()).to(weight.dtype)
 
 
@@ -1820,7 +1842,7 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
     ValueError, where the parts do not make up that shape.
     """
-    parts = {part: usable(tensor) for part, tensor in parts.items()}
+    parts = {part: usable(tensor.float() if part == "alpha" else tensor) for part, tensor in parts.items()}
     component, _, layer = name.removesuffix(".weight").partition(".")
     rank = next((len(parts[part]) for part in RANK_PARTS if part in parts), None)
     if rank == 0:
@@ -1870,7 +1892,7 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
             if name in peft.LoraConfig.__dataclass_fields__:  # newer versions of PEFT write more
                 configs.setdefault(component, {})[name] = value
         return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadLora("its PEFT configuration cannot be read") from error
 
 
@@ -2033,6 +2055,7 @@ MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
+CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
 # What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
@@ -2356,15 +2379,18 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             weights[i, 1 : 1 + len(factors), 0] = torch.tensor(factors)
             counts[i] = max(counts[i], len(tokens))
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
-        output = encoder(torch.tensor(list(place), device=device), output_hidden_states=True)
         order = [place[window] for window in windows]
-        states = output.hidden_states[-clip_skip][order]  # (n, 77, D)
+        found = []
+        for part in torch.tensor(list(place), device=device).split(CHUNKS_AT_ONCE):
+            output = encoder(part, output_hidden_states=True)
+            found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
+        states, pooled = (torch.cat(parts)[order] for parts in zip(*found, strict=True))  # (n, 77, D)
         weighted = states * weights.to(device)
         if emphasis == "original":
             before, after = (t.float().mean((1, 2), keepdim=True) for t in (states, weighted))
             weighted = weighted * (before / after)
         hidden.append(weighted.to(dtype))
-    both, pooled = torch.cat(hidden, dim=-1), output.text_embeds[order]  # (n, 77, 2048), (n, 1280)
+    both = torch.cat(hidden, dim=-1)  # (n, 77, 2048); pooled is the second encoder's, (n, 1280)
     return [ChunkState(both[i : i + 1], count, pooled[i : i + 1]) for i, count in enumerate(counts)]
 
 
@@ -3646,6 +3672,8 @@ def job_bucket(job: Mapping[str, Any], settings: Settings) -> Bucket | None:
     missing = [key for key in keys if not (isinstance(given.get(key), str) and given[key].strip())]
     if missing:
         raise UploadFailed(f"s3Config needs {', '.join(keys)} as text; missing: {', '.join(missing)}")
+    if not is_address(given["endpointUrl"].strip()):
+        raise UploadFailed("s3Config's endpointUrl must be an address such as https://s3.eu-central-1.amazonaws.com")
     return Bucket(*(given[key].strip() for key in keys))
 
 
@@ -3909,7 +3937,7 @@ def choose_loras(
 ) -> dict[str, float]:
     """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags."""
     stack, known = settings.stack, stack_names(settings)
-    chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
+    chosen, unknown = {name: config["scale"] for name, config in stack.items()} if listed is None else {}, []
     for name, scale in listed or []:
         adapter = known.get(sanitize_name(name))
         if adapter is None:
@@ -3920,9 +3948,16 @@ def choose_loras(
     for name, scale in split_lora_tags(prompt)[1]:
         adapter = known.get(sanitize_name(name))
         if adapter is None:
-            warnings.append(f"<lora:{name}> was left out: the stack holds {', '.join(stack) or 'no LoRA'}")
+            unknown.append(name)
         else:
-            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
+            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
+    if unknown:
+        such = (
+            f"<lora:{unknown[0][:40]}> was"
+            if len(unknown) == 1
+            else f"{len(unknown)} tags, <lora:{unknown[0][:40]}> first, were"
+        )
+        warnings.append(f"{such} left out: the stack holds {', '.join(stack) or 'no LoRA'}")
     return chosen
 
 
