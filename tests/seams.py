@@ -149,7 +149,7 @@ LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)  # the models that files may ch
 
 def changed_tensors(stack: handler.LoraStack) -> set[str]:
     """The tensors that the stack's LoRAs change, "unet.conv_in.weight"."""
-    return set(stack.targets)
+    return {*stack.targets}  # set is another function here
 
 
 def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales: Mapping[str, float]) -> None:
