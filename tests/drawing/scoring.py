@@ -105,6 +105,11 @@ def shape_of(mask: np.ndarray) -> str | None:
     return best if overlaps[best] > OVERLAP else None
 
 
+def middle(values: np.ndarray) -> float:
+    """Half way between the least and the greatest, but for a few stray ones."""
+    return float(np.percentile(values, [1, 99]).mean())
+
+
 def half_of(place: str, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     """Which pixels belong to an object's half of a picture with two; xs and ys go from 0 to 1."""
     return {"left": xs < 0.5, "right": xs >= 0.5, "top": ys < 0.5, "bottom": ys >= 0.5}[place]
@@ -126,12 +131,12 @@ def score(picture: np.ndarray | Image.Image, scene: scenes.Scene) -> Score:
         mask = colours == names.index(thing.colour)
         if len(scene.things) == 2:
             mask &= half_of(thing.place, xs, ys)
-        placed = bool(mask.any()) and max(abs(np.median(xs[mask]) - x0), abs(np.median(ys[mask]) - y0))
         things.append(
             ThingScore(
                 colour=names[core] == thing.colour,
                 shape=shape_of(mask) == thing.shape,
-                place=bool(mask.any()) and bool(placed < PLACE_TOLERANCE),
+                place=bool(mask.any())
+                and max(abs(middle(xs[mask]) - x0), abs(middle(ys[mask]) - y0)) < PLACE_TOLERANCE,
             )
         )
     background = names.index(scene.background or "white")

@@ -7,6 +7,7 @@ decoder     the VAE's decoder
 words       text encoders and UNet, small pictures: what the words mean
 shapes      larger pictures: shapes, and two objects in a picture
 sizes       the sizes that the worker draws
+finish      the same, with a learning rate that falls to nothing
 outlines    a LoRA on the finished model
 
 Two processes with one thread each share every step and average their gradients: on two cores that is faster than one
@@ -48,11 +49,18 @@ class Stage:
     lr: tuple[float, float]
     pair_share: float
 
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, after 40 steps of warming up."""
+        first, last = self.lr
+        return (first + (last - first) * step / self.steps) * min(1.0, (step + 1) / 40)
 
+
+SIZES = ((256, 256), (256, 256), (256, 256), (320, 256), (256, 320))
 STAGES = (
     Stage("words", None, 621, 32, ((128, 128),), (3e-3, 2.31e-3), 0.15),
-    Stage("shapes", "words", 450, 16, ((192, 192),), (2.3e-3, 2e-3), 0.5),
-    Stage("sizes", "shapes", 750, 16, ((256, 256), (256, 256), (320, 256), (256, 320)), (2e-3, 0), 0.5),
+    Stage("shapes", "words", 241, 16, ((192, 192),), (2.3e-3, 2.139e-3), 0.5),
+    Stage("sizes", "shapes", 301, 16, SIZES, (1.6e-3, 1.48e-3), 0.35),
+    Stage("finish", "sizes", 360, 16, SIZES, (1.4e-3, 0.0), 0.35),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,11 +91,10 @@ def losses(drawer: model.Drawer, stage: Stage, rank: int) -> Iterator[torch.Tens
     seed = 1000 * [s.name for s in STAGES].index(stage.name) + rank
     torch.manual_seed(seed)
     rng, shared = random.Random(seed), random.Random(7)  # shared: both processes take the same size
-    pools = {
-        size: diffusion.Pool(*size, stage.pair_share, seed + 10 * i) for i, size in enumerate(sorted(set(stage.sizes)))
-    }
-    for pool in pools.values():
-        pool.grow(256)
+    pools = {}
+    for i, size in enumerate(sorted(set(stage.sizes))):
+        pools[size] = diffusion.Pool(*size, stage.pair_share, seed + 10 * i)
+        pools[size].grow(256)
     for _ in range(stage.steps):
         pool = pools[shared.choice(stage.sizes)]
         pool.grow(6)
@@ -102,34 +109,32 @@ def train_stage(rank: int, stage: Stage, out: Path, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES)
     torch.manual_seed(0)
     drawer = model.load_drawer(out / f"{stage.before}.pt") if stage.before else model.Drawer()
-    named = [(n, p) for n, p in drawer.named_parameters()]
-    parameters = [p for _, p in named]
-    muon = Muon([p for n, p in named if is_matrix(n, p)])
-    adam = torch.optim.AdamW([p for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.98), weight_decay=0.0)
+    named = list(drawer.named_parameters())
+    muon = Muon([p for name, p in named if is_matrix(name, p)])
+    adam = torch.optim.AdamW([p for name, p in named if not is_matrix(name, p)], betas=(0.9, 0.98), weight_decay=0.0)
     average = {name: value.clone() for name, value in drawer.state_dict().items()}
     started, recent = time.monotonic(), []
     for step, loss in enumerate(losses(drawer, stage, rank)):
         loss.backward()
-        average_gradients(parameters)
-        lr = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * step / stage.steps
-        lr *= min(1.0, (step + 1) / 40)
+        average_gradients([p for _, p in named])
+        lr = adam.param_groups[0]["lr"] = stage.lr_at(step)
         muon.step(lr)
-        adam.param_groups[0]["lr"] = lr
         adam.step()
         drawer.zero_grad()
+        follow(average, drawer, min(0.995, (step + 1) / (step + 10)))
         recent = [*recent[-49:], loss.item()]
-        with torch.no_grad():
-            for name, value in drawer.state_dict().items():
-                average[name].lerp_(value, 1 - min(0.995, (step + 1) / (step + 10)))
         if rank == 0 and (step % 20 == 0 or step + 1 == stage.steps):
-            seconds, cpu = time.monotonic() - started, time.process_time()
-            mean = sum(recent) / len(recent)
-            print(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {mean:.4f}, {seconds:.0f} s, {cpu:.0f} s CPU", flush=True
-            )
-            torch.save(average, out / f"{stage.name}.pt.part")
-            (out / f"{stage.name}.pt.part").replace(out / f"{stage.name}.pt")
+            done = f"{stage.name} {step + 1}/{stage.steps}: loss {sum(recent) / len(recent):.4f}"
+            print(f"{done}, {time.monotonic() - started:.0f} s, {time.process_time():.0f} s CPU", flush=True)
+            torch.save(average, out / f"{stage.name}.pt")
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def follow(average: dict[str, torch.Tensor], drawer: model.Drawer, keep: float) -> None:
+    """Move the average of the weights a little towards the weights of now."""
+    for name, value in drawer.state_dict().items():
+        average[name].lerp_(value, 1 - keep)
 
 
 def train_model(stage: Stage, out: Path) -> None:
