@@ -221,7 +221,7 @@ def merge(states: torch.Tensor, most: int) -> tuple[torch.Tensor, list[int]]:
     exact = states.double()
     while len(groups) > most:
         means = torch.stack([exact[group].mean(dim=0) for group in groups])
-        directions = means / means.norm(dim=1, keepdim=True)
+        directions = means / means.norm(dim=1, keepdim=True).clamp_min(1e-30)  # of weight 0: like no other
         alike = directions @ directions.T
         alike.fill_diagonal_(-math.inf)
         nearest = alike.argmax(dim=1).tolist()
