@@ -419,13 +419,14 @@ def gpu_is_lost() -> bool:
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
 FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
-CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0
+CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
 REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
 REFUSALS |= {
     404: "check the version id",
@@ -451,7 +452,10 @@ def fetch_models(settings: Settings) -> ModelFiles:
     checkpoint = Download(store, settings.checkpoint, settings.checkpoint_dir)
     downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
     store.downloads = [checkpoint, *downloads.values()]
-    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
+    first, *others = [in_background(download.look) for download in store.downloads]
+    with suppress(TimeoutError):
+        first.result(LOOK_S)  # a checkpoint that is refused for good is told at once
+    wait(others, timeout=LOOK_S)
     store.check_space()
     path, *futures = [in_background(download.ensure) for download in store.downloads]
     path.result()  # without it nothing else matters
@@ -496,11 +500,11 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.ahead = requests.Session(), Connections(), ReadAhead()
+        self.session, self.connections, self.ahead = requests.Session(), Connections(FEW), ReadAhead()
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
         self.downloads: list[Download] = []  # that share space and progress
-        self.lock, self.running = threading.Lock(), 0
+        self.lock, self.running, self.idle = threading.Lock(), 0, threading.Event()
 
     def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
         """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
@@ -532,19 +536,15 @@ class Store:
         volumes: dict[int, list[Download]] = {}
         for download in self.downloads:
             if download.size < math.inf and not download.fetched:
-                download.path.parent.mkdir(parents=True, exist_ok=True)
-                volumes.setdefault(download.path.parent.stat().st_dev, []).append(download)
-        for together in volumes.values():
-            volume = os.statvfs(together[0].path.parent)
-            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in together)
+                volumes.setdefault(nearest_folder(download.path).stat().st_dev, []).append(download)
+        for first, *others in volumes.values():
+            volume = os.statvfs(nearest_folder(first.path))
+            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in (first, *others))
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
-                what = (
-                    f"{together[0]} needs" if len(together) == 1 else f"{together[0]} and {len(together) - 1} more need"
-                )
                 raise DownloadError(
-                    f"{what} {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: take a larger "
-                    "network volume, or another MODEL_CACHE_DIR"
+                    f"{first} {f'and {len(others)} more need' if others else 'needs'} {needed / MB:.0f} MB, but the "
+                    f"model store has {free / MB:.0f} MB free: take a larger network volume, or another MODEL_CACHE_DIR"
                 )
 
     @contextmanager
@@ -553,20 +553,23 @@ class Store:
         with self.lock:
             self.running += 1
             if self.running == 1:
-                in_background(self.report)
+                self.idle = threading.Event()
+                in_background(self.report, self.idle)
         try:
             yield
         finally:
-            self.running -= 1
+            with self.lock:
+                self.running -= 1
+                if not self.running:
+                    self.idle.set()
 
-    def report(self) -> None:
+    def report(self, idle: threading.Event) -> None:
         """A bar on a terminal, a line every REPORT_S in a log."""
         drawn, next_line = sys.stderr.isatty(), time.monotonic() + REPORT_S
         text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
         place = sys.stderr if drawn else io.StringIO()
         with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
-            while self.running > 0:
-                time.sleep(0.1)
+            while not idle.wait(0.1):
                 parts = [download.part for download in self.downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
                 bar.update(sum(part.came for part in parts) - bar.n)
@@ -581,8 +584,8 @@ class Store:
         headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
         keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
         keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
-        with network_faults():
-            for _ in range(6):
+        for _ in range(6):
+            with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
                 key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
                 response = self.session.get(url, headers=headers | key, **keep)
@@ -591,18 +594,19 @@ class Store:
                 response.close()
                 url = urljoin(url, response.headers["location"])
                 scheme, host, _ = origin(url)
-                loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
-                if scheme != "https" and not (scheme == "http" and loopback):
-                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
+            loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
+            if scheme != "https" and not (scheme == "http" and loopback):
+                raise Fault("the server redirects to an address without encryption", ONE_TRY)
         raise Fault("the server redirects in circles", FEW_TRIES)
 
     def said_by_civitai(self, response: Any) -> str:
         """Civitai's message, after ": ": one short line without markup, addresses or the key; "" where it has none."""
+        if origin(response.url) != origin(self.base_url):
+            return ""
         try:
-            with network_faults():
-                answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "{}")
+            answer = json.loads(read_body(response, MIB, LISTING_S))
             said = answer.get("message") or answer.get("error")
-        except (Fault, AttributeError):  # it is no JSON, or no object
+        except (Fault, ValueError, AttributeError):  # it is no JSON, or no object
             return ""
         if not isinstance(said, str) or re.search(r"<\s*[a-z!/]", said, re.IGNORECASE):
             return ""
@@ -612,13 +616,11 @@ class Store:
         return f": {said[:200]}" if said else ""
 
 
-class Connections:
-    """Places for requests; `with` waits for one. Civitai's CDN caps each connection far below what a data centre's line
-    carries, and then all are needed; where they are fast, those beyond a few cost CPU alone."""
+class Places:
+    """So many may be at work at once; `with` waits for a place."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.busy, self.most, self.limit, self.reduced = 0, FEW, FEW, -math.inf
+    def __init__(self, most: int) -> None:
+        self.changed, self.busy, self.most = threading.Condition(), 0, most
 
     def __enter__(self) -> None:
         with self.changed:
@@ -630,13 +632,24 @@ class Connections:
             self.busy -= 1
             self.changed.notify()
 
+    def grow(self, limit: int) -> None:
+        """One place more, up to the limit."""
+        with self.changed:
+            self.most = min(self.most + 1, limit)
+            self.changed.notify()
+
+
+class Connections(Places):
+    """Places for requests. Civitai's CDN caps each connection far below what a data centre's line carries, and then all
+    are needed; where they are fast, those beyond a few cost CPU alone."""
+
+    limit, reduced = FEW, -math.inf
+
     def count(self, size: int, seconds: float) -> None:
         """A request has brought so many bytes so far: more at once where they come slowly, or again after a fault."""
-        with self.changed:
-            if self.limit == FEW and seconds > JUDGED_S and size / seconds < FAST:
-                self.most = self.limit = MANY
-            self.most = min(self.most + 1, self.limit)
-            self.changed.notify_all()
+        if seconds > JUDGED_S and size / seconds < FAST:
+            self.limit = MANY
+        self.grow(self.limit)
 
     def reduce(self, began: float) -> None:
         """Half as many, after the fault of a request that began since the last time."""
@@ -646,7 +659,7 @@ class Connections:
 
 
 class ReadAhead:
-    """Brings files into the page cache by large reads, two at a time; up to eight where each is slow.
+    """Brings files into the page cache by large reads, two at a time; up to eight where they are slow.
 
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
     worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
@@ -655,36 +668,27 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self.todo: deque[tuple[Path, int]] = deque()  # file and offset
-        self.lock, self.readers = threading.Lock(), 0
+        self.places = Places(FIRST_READERS)
 
     def add(self, path: Path) -> None:
         """Begins with a file, behind those that were added before."""
-        self.todo.extend((path, offset) for offset in range(0, path.stat().st_size, READ_BYTES))
-        for _ in range(FIRST_READERS):
-            self.start_reader(FIRST_READERS)
-
-    def start_reader(self, most: int) -> None:
-        """One more reader, where there are not as many as that."""
-        with self.lock:
-            if self.readers < most:
-                self.readers += 1
-                in_background(self.read)
+        offsets = range(0, path.stat().st_size, READ_BYTES)
+        self.todo.extend((path, offset) for offset in offsets)
+        for _ in offsets[:READERS]:
+            in_background(self.read)
 
     def read(self) -> None:
-        """Reads what is to be read; a chunk that cannot be is left to whoever needs it."""
-        while True:
-            with self.lock:  # in one step: else a file added just then would find this reader counted
-                if not self.todo:
-                    self.readers -= 1
-                    return
+        """Reads what is to be read; what cannot be read, or is in the cache already, is left out."""
+        while self.todo:
+            with self.places, suppress(IndexError):  # another thread took the last
                 path, offset = self.todo.popleft()
-            started = time.monotonic()
-            try:
-                read_chunk(path, offset)
-            except OSError as error:
-                log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
-            if time.monotonic() - started > SLOW_READ_S:
-                self.start_reader(READERS)
+                started = time.monotonic()
+                try:
+                    read_chunk(path, offset)
+                except OSError as error:
+                    log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
+                if time.monotonic() - started > SLOW_READ_S:
+                    self.places.grow(READERS)
 
 
 def read_chunk(path: Path, offset: int) -> None:
@@ -742,7 +746,9 @@ def content_problem(path: Path, name: str) -> str:
     return ""
 
 
-WRONG_HASH = "has another SHA256 than the published file"
+def nearest_folder(path: Path) -> Path:
+    """The first of a path's folders that is there: its volume is where the rest would be made."""
+    return next(folder for folder in path.parents if folder.exists())
 
 
 def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
@@ -771,6 +777,10 @@ class Fault(Exception):
         self.tries, self.wait_s = tries, wait_s
 
 
+class LinkRefused(Fault):
+    """The CDN refuses the link that Civitai gave; one that has brought bytes before has expired."""
+
+
 class WrongFile(Exception):
     """What came is not the file that was asked for."""
 
@@ -793,7 +803,7 @@ def network_faults() -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors(download: Download) -> Iterator[None]:
+def disk_errors(what: object) -> Iterator[None]:
     """Turns what the file system refuses into DownloadError, its path for the log alone."""
     try:
         yield
@@ -801,7 +811,21 @@ def disk_errors(download: Download) -> Iterator[None]:
         advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
             advice = "the model store is full, or its quota is used up: take a larger network volume"
-        raise DownloadError(f"{download} cannot be stored, {advice}", detail=error) from error
+        raise DownloadError(f"{what} cannot be stored, {advice}", detail=error) from error
+
+
+def read_body(response: Any, size: int, seconds: float) -> bytes:
+    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also where they take longer: a body that
+    drips for ever makes no pause that a timeout sees."""
+    blocks, deadline = [], time.monotonic() + seconds
+    read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
+    with network_faults():
+        while size and (block := read(size, decode_content="content-encoding" in response.headers)):
+            blocks.append(block)
+            size -= len(block)
+            if size and time.monotonic() > deadline:
+                raise Fault("the server sent too little for too long")
+    return b"".join(blocks)
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -894,9 +918,10 @@ class StoreLock:
 
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
-        beats, failed = 0, False
-        while not self.released.wait(LOCK_BEAT_S):
-            beats += 1
+        failed = False
+        for beats in count(1):
+            if self.released.wait(LOCK_BEAT_S):
+                break
             try:
                 os.pwrite(descriptor, f"{self.owner} {beats}".encode(), 0)
                 os.fsync(descriptor)  # a network file system shows it to others now
@@ -952,6 +977,7 @@ class Part:
         self.header = f"{identity} {machine()}\n".encode()
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
         self.done: set[int] = set()
+        self.begun: dict[int, int] = {}  # segment -> where its next byte goes
         self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
         self.given_up, self.came = False, 0
 
@@ -1006,24 +1032,26 @@ class Part:
                 run.append(self.todo.popleft())
             return run
 
-    def write(self, start: int, block: bytes) -> None:
-        """Puts a block into its place."""
+    def write(self, segment: int, at: int, block: bytes) -> None:
+        """Puts a block into its place; the segment is marked with its last."""
         view = memoryview(block)
         with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
             if self.given_up:
                 raise Fault("the download was given up")
             while view:
-                written = os.pwrite(self.bytes.fileno(), view, start)
-                start, view = start + written, view[written:]
+                written = os.pwrite(self.bytes.fileno(), view, at)
+                at, view = at + written, view[written:]
+            self.begun[segment] = at
+            self.came += len(block)
+            if at == self.end(segment):
+                self.mark(segment)
 
-    def mark(self, segment: int, size: int) -> None:
+    def mark(self, segment: int) -> None:
         """Notes that a segment has come: a kill before costs no more than the segment."""
-        with self.lock:
-            os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
-            self.done.add(segment)
-            self.came += size
-            if len(self.done) == self.segments:
-                self.ended.set()
+        os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
+        self.done.add(segment)
+        if len(self.done) == self.segments:
+            self.ended.set()
 
     def sha256(self) -> str:
         """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
@@ -1054,35 +1082,6 @@ class Part:
             file.unlink(missing_ok=True)
 
 
-class Patience:
-    """How long the faults of one file are borne: some tries in a row, and PATIENCE_S without a byte."""
-
-    def __init__(self) -> None:
-        self.lock, self.resume = threading.Lock(), 0.0
-        self.progressed()
-
-    def progressed(self) -> None:
-        """Bytes came: faults count from here again."""
-        self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
-
-    def bear(self, what: Download, fault: Fault, began: float = math.inf) -> float:
-        """Seconds to wait before the next try. Raises DownloadError where there have been enough.
-
-        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
-        """
-        with self.lock:
-            now = time.monotonic()
-            if began > self.resume:
-                self.faults += 1
-                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
-                self.resume = now + (fault.wait_s or backoff)
-                if self.faults >= fault.tries or self.resume > self.deadline:
-                    message = f"{what} cannot be downloaded: {fault}"
-                    raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
-                log.warning("%s: %s; trying again in %.1f s", what, fault, self.resume - now)
-            return max(0.0, self.resume - now)
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a file's bytes come from, as the server describes it."""
@@ -1105,8 +1104,11 @@ class Download:
         self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
         self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
         self.source: Source | None = None
+        self.proven: Source | None = None  # the last that has brought bytes
         self.size, self.part, self.fetched = math.inf, None, False
-        self.patience, self.renewing = Patience(), threading.Lock()
+        self.lock, self.renewing = threading.Lock(), threading.Lock()
+        self.resume = -math.inf  # the end of the last wait after a fault
+        self.progressed(math.inf)
 
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
@@ -1132,33 +1134,37 @@ class Download:
         return ""
 
     def look(self) -> None:
-        """Asks for the size of a file that is not in place; a server that does not answer is asked again later."""
-        if self.problem():
-            with suppress(Fault):
-                self.source = self.ask()
+        """Asks for the size of a file that is not in place. Raises DownloadError where it is refused for good; what may
+        pass is asked again later."""
+        try:
+            with disk_errors(self):
+                self.source = self.ask() if self.problem() else None
+        except Fault as fault:
+            if fault.tries == ONE_TRY:
+                self.bear(fault)
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
         with disk_errors(self):
-            if again or self.problem():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.store.progress():
-                    while not self.take_turn(again):
-                        log.warning("%s: another worker has taken it over", self)
-            if not self.fetched:  # what was fetched is in the page cache
+            if not again and not self.problem():
                 self.store.ahead.add(self.path)
+                return self.path
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.store.progress():
+                while not self.take_turn(again):
+                    log.warning("%s: another worker has taken it over", self)
         return self.path
 
     def take_turn(self, again: bool) -> bool:
         """Fetches the file, unless another worker has done so while this one waited. False where the lock was lost."""
         with StoreLock(self.path) as lock:
-            if not again or lock.waited:
-                problem = self.problem()
-                if not problem:
-                    return True
-                if self.path.exists():
-                    log.warning("%s: the file in place %s: fetching it again", self, problem)
-                    self.path.unlink()
+            problem = "is to be replaced" if again and not lock.waited else self.problem()
+            if not problem:
+                self.store.ahead.add(self.path)  # what is fetched here is in the page cache already
+                return True
+            if not again and self.path.exists():
+                log.warning("%s: the file in place %s: fetching it again", self, problem)
+                self.path.unlink()
             try:
                 self.fetch(lock)
             except LockLost:
@@ -1169,24 +1175,42 @@ class Download:
         return True
 
     def fetch(self, lock: StoreLock) -> None:
-        """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
-        self.patience.progressed()
-        for last in (False, True):
+        """Fetches the file, with patience; what comes and fails its checks is thrown away and fetched once more, then
+        refused."""
+        self.progressed(math.inf)
+        refused = False
+        while not self.fetched:
             try:
-                self.patiently(self.fetch_once, lock)
-                return
+                self.fetch_once(lock)
+            except Fault as fault:
+                time.sleep(self.bear(fault))
             except WrongFile as wrong:
-                if last:
+                if refused:
                     raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
                 log.warning("%s: what came %s: fetching it once more", self, wrong)
+                refused = True
+                self.progressed(math.inf)
 
-    def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
-        """step(*args), again and again while its faults may pass."""
-        while True:
-            try:
-                return step(*args)
-            except Fault as fault:
-                time.sleep(self.patience.bear(self, fault))
+    def progressed(self, left: float) -> None:
+        """Bytes came, and so many are left to come: faults count from here again."""
+        self.faults, self.deadline, self.left = 0, time.monotonic() + PATIENCE_S, left
+
+    def bear(self, fault: Fault, began: float = math.inf) -> float:
+        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after PATIENCE_S.
+
+        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
+        """
+        with self.lock:
+            now = time.monotonic()
+            if began > self.resume:
+                self.faults += 1
+                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
+                self.resume = now + (fault.wait_s or backoff)
+                if self.faults >= fault.tries or self.resume > self.deadline:
+                    message = f"{self} cannot be downloaded: {fault}"
+                    raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
+                log.warning("%s: %s; trying again in %.1f s", self, fault, self.resume - now)
+            return max(0.0, self.resume - now)
 
     def fetch_once(self, lock: StoreLock) -> None:
         """The file from the first request to its name. Raises WrongFile, Fault, LockLost or DownloadError."""
@@ -1217,7 +1241,7 @@ class Download:
         log.info("%s: %.1f MB in %.1f s, %s", self, part.size / MB, seconds, note)
 
     def ask(self) -> Source:
-        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte."""
+        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte. Raises Fault."""
         response = self.store.get(self.url, "0-0")
         self.check_status(response)
         if response.status_code == 200:
@@ -1245,7 +1269,7 @@ class Download:
                 wait_s = urllib3.util.Retry().get_retry_after(response.raw)
             raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
         elif origin(response.url) != origin(self.url):
-            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
+            raise LinkRefused(f"{said} to the link that Civitai gave", FEW_TRIES)
         else:
             said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
@@ -1256,17 +1280,17 @@ class Download:
         for _ in range(2 if self.version else 0):
             try:
                 url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
-                with self.store.get(url, stall_s=LISTING_S) as response, network_faults():
-                    status, body = response.status_code, response.content
-                if status == 200:
-                    return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
-                why = f"it answered {status}{self.store.said_by_civitai(response)}"
+                with self.store.get(url, stall_s=LISTING_S) as response:
+                    if response.status_code == 200:
+                        body = read_body(response, 16 * MIB, LISTING_S)
+                        return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
+                    why = f"it answered {response.status_code}{self.store.said_by_civitai(response)}"
             except Fault as fault:
                 why = str(fault)
             except ValueError:
-                is_page = body.lstrip()[:1] == b"<"
+                found = body.lstrip()[:1]
                 why = (
-                    "a web page came" if is_page else "what came is not JSON" if body.strip() else "its answer is empty"
+                    "a web page came" if found == b"<" else "what came is not JSON" if found else "its answer is empty"
                 )
             except (LookupError, TypeError, AttributeError):
                 why = "its listing has not the form that is known"
@@ -1275,13 +1299,15 @@ class Download:
 
     def fetch_whole(self, part: Part) -> None:
         """The bytes in one stream, from a server without ranges."""
-        with self.store.connections, network_faults(), self.source.whole as response:
-            for segment in count():
-                reached = self.receive(response, part, segment)
-                if reached < (segment + 1) * SEGMENT:
-                    break
-        part.size = reached if part.size == math.inf else part.size
-        if reached < part.size:
+        at = segment = 0
+        with self.store.connections, self.source.whole as response:
+            while at == segment * SEGMENT and at < part.size:
+                at = self.receive(response, part, segment, self.source)
+                segment += 1
+        if part.size == math.inf:
+            part.size = at
+            part.mark(segment - 1)
+        if at < part.size:
             raise Fault("the server ended the file early")
 
     def fetch_ranges(self, part: Part) -> None:
@@ -1291,7 +1317,7 @@ class Download:
             future.result()
 
     def fetch_runs(self, part: Part) -> None:
-        """Fetches segments as long as there are any; waits after a fault, and asks for a new link."""
+        """Fetches segments as long as there are any; after a fault it waits, and asks for a new link."""
         while not part.given_up and (run := part.take()):
             source = self.source
             with self.store.connections:
@@ -1303,15 +1329,17 @@ class Download:
                     fault = error
             with part.lock:
                 part.todo.extendleft(reversed(run))
-            if not part.given_up:
+            if part.given_up:
+                break
+            if source is not self.proven or not isinstance(fault, LinkRefused):  # else the link has expired: no fault
                 self.store.connections.reduce(began)
-                part.ended.wait(self.patience.bear(self, fault, began))
-                self.renew(part, source)
+                part.ended.wait(self.bear(fault, began))
+            self.renew(part, source)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
-        """One request for a run of segments; those that come leave the run."""
-        first, start = run[0], run[0] * SEGMENT
-        with network_faults(), self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
+        """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
+        start = part.begun.get(run[0], run[0] * SEGMENT)
+        with self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
             self.check_status(response)
             described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
             if not described or (int(described[1]), int(described[2])) != (start, source.size):
@@ -1319,33 +1347,39 @@ class Download:
             if tag_of(response) != source.tag:
                 raise Fault("the server sent another file")
             while run:
-                if self.receive(response, part, run[0]) < part.end(run[0]):
+                at = self.receive(response, part, run[0], source)
+                if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
-                self.store.connections.count((run.popleft() - first + 1) * SEGMENT, time.monotonic() - began)
+                run.popleft()
+                self.store.connections.count(at - start, time.monotonic() - began)
 
-    def receive(self, response: Any, part: Part, segment: int) -> int:
-        """Takes a segment's bytes from a body, marks it where they are all there, and returns where they end."""
-        at, start, end = segment * SEGMENT, segment * SEGMENT, part.end(segment)
-        while at < end and (block := response.raw.read(min(BLOCK, end - at), decode_content=False)):
-            part.write(at, block)
+    def receive(self, response: Any, part: Part, segment: int, source: Source) -> int:
+        """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
+        at, end = part.begun.get(segment, segment * SEGMENT), part.end(segment)
+        while at < end and (block := read_body(response, size := min(BLOCK, end - at), STALL_S)):
+            part.write(segment, at, block)
             at += len(block)
-        if at > start and (at == end or part.size == math.inf):
-            part.mark(segment, at - start)
-            self.patience.progressed()
+            left = part.expected - part.came
+            if left < self.left and len(block) == size:  # else it came before, or drips
+                self.proven = source
+                self.progressed(left)
         return at
 
     def renew(self, part: Part, source: Source) -> None:
-        """Asks for a new link in place of this one, which may have expired, unless another thread has done so. Raises
-        WrongFile where it leads to another file."""
+        """Asks for a new link in place of this one, unless another thread has done so. Raises WrongFile where it leads
+        to another file."""
         with self.renewing:
-            if self.source is not source or part.ended.is_set():
-                return
-            new = self.patiently(self.ask)
-            if new.whole:
-                raise Fault("the server has stopped serving ranges")
-            if (new.size, new.tag) != (source.size, source.tag):
-                raise WrongFile("has changed in mid-download")
-            self.source = new
+            while self.source is source and not part.ended.is_set():
+                try:
+                    new = self.ask()
+                except Fault as fault:
+                    part.ended.wait(self.bear(fault))
+                    continue
+                if new.whole:
+                    raise Fault("the server has stopped serving ranges")
+                if (new.size, new.tag) != (source.size, source.tag):
+                    raise WrongFile("has changed in mid-download")
+                self.source = new
 
 
 # ---------------------------------------------------------------------------------------------------------------------

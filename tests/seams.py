@@ -45,7 +45,7 @@ def set_volume(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 Settings, fetch_models, recorded_sha256 = handler.Settings, handler.fetch_models, handler.recorded_sha256
 log, in_background = handler.log, handler.in_background
 machine, pick_sha256, origin = handler.machine, handler.pick_sha256, handler.origin
-QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 1.5, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
+QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "LISTING_S": 30, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
 QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0}
 
 
@@ -91,7 +91,7 @@ def dead_owner() -> str:
 
 
 def read_ahead() -> handler.ReadAhead:
-    """.add(path) brings a file into the page cache; .readers and .todo are what is at work and waiting."""
+    """.add(path) brings a file into the page cache; .todo is what waits to be read."""
     return handler.ReadAhead()
 
 
