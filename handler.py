@@ -428,11 +428,7 @@ REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
-REFUSALS |= {
-    404: "check the version id",
-    410: "its creator or Civitai has removed it",
-    451: "not served in this region",
-}
+REFUSALS |= {404: "check the version id", 410: "its creator or Civitai has removed it", 451: "not served in this place"}
 
 
 @dataclass(frozen=True)
@@ -452,19 +448,17 @@ def fetch_models(settings: Settings) -> ModelFiles:
     checkpoint = Download(store, settings.checkpoint, settings.checkpoint_dir)
     downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
     store.downloads = [checkpoint, *downloads.values()]
-    first, *others = [in_background(download.look) for download in store.downloads]
-    with suppress(TimeoutError):
-        first.result(LOOK_S)  # a checkpoint that is refused for good is told at once
-    wait(others, timeout=LOOK_S)
+    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
     store.check_space()
     path, *futures = [in_background(download.ensure) for download in store.downloads]
-    path.result()  # without it nothing else matters
-    for name, future in zip(downloads, futures, strict=True):
-        try:
-            loras[name] = future.result()
-        except DownloadError as error:
-            failed[name] = str(error)
-            log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
+    with progress(store.downloads):
+        path.result()  # without it nothing else matters
+        for name, future in zip(downloads, futures, strict=True):
+            try:
+                loras[name] = future.result()
+            except DownloadError as error:
+                failed[name] = str(error)
+                log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
     return ModelFiles(path.result(), loras, failed)
 
 
@@ -492,7 +486,7 @@ def download_file(url: str, filepath: Path) -> None:
 
 
 class Store:
-    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk, progress.
+    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk.
 
     Beside a file <name> lie, all hidden: .<name>.json, what is known of it; .<name>.lock, while a worker fetches it;
     and the files of a Part. Several workers may use one folder.
@@ -500,19 +494,21 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.ahead = requests.Session(), Connections(FEW), ReadAhead()
+        self.session, self.connections, self.readers = requests.Session(), Connections(FEW), Places(FIRST_READERS)
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
-        self.downloads: list[Download] = []  # that share space and progress
-        self.lock, self.running, self.idle = threading.Lock(), 0, threading.Event()
+        self.downloads: list[Download] = []  # that share the space
 
     def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
         """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
         once. Raises DownloadError."""
         download = Download(self, config, folder)
-        with self.lock:
-            self.downloads = [download, *(self.downloads if self.running else ())]
-        return download.ensure(again)
+        self.downloads.append(download)
+        try:
+            with progress([download]):
+                return download.ensure(again)
+        finally:
+            self.downloads.remove(download)
 
     def sweep(self) -> None:
         """Deletes what downloads left that nobody will resume: the file is not configured any more, or in place, and
@@ -536,46 +532,16 @@ class Store:
         volumes: dict[int, list[Download]] = {}
         for download in self.downloads:
             if download.size < math.inf and not download.fetched:
-                volumes.setdefault(nearest_folder(download.path).stat().st_dev, []).append(download)
+                volumes.setdefault(download.folder().stat().st_dev, []).append(download)
         for first, *others in volumes.values():
-            volume = os.statvfs(nearest_folder(first.path))
-            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in (first, *others))
+            volume = os.statvfs(first.folder())
+            needed = sum(download.needs() for download in (first, *others))
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
                 raise DownloadError(
                     f"{first} {f'and {len(others)} more need' if others else 'needs'} {needed / MB:.0f} MB, but the "
                     f"model store has {free / MB:.0f} MB free: take a larger network volume, or another MODEL_CACHE_DIR"
                 )
-
-    @contextmanager
-    def progress(self) -> Iterator[None]:
-        """Shows how far all files together are, while at least one is fetched."""
-        with self.lock:
-            self.running += 1
-            if self.running == 1:
-                self.idle = threading.Event()
-                in_background(self.report, self.idle)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.running -= 1
-                if not self.running:
-                    self.idle.set()
-
-    def report(self, idle: threading.Event) -> None:
-        """A bar on a terminal, a line every REPORT_S in a log."""
-        drawn, next_line = sys.stderr.isatty(), time.monotonic() + REPORT_S
-        text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
-        place = sys.stderr if drawn else io.StringIO()
-        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
-            while not idle.wait(0.1):
-                parts = [download.part for download in self.downloads if download.part]
-                bar.total = sum(part.expected for part in parts)
-                bar.update(sum(part.came for part in parts) - bar.n)
-                if bar.total and not drawn and time.monotonic() > next_line:
-                    log.info("%s", bar)
-                    next_line += REPORT_S
 
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
@@ -658,62 +624,73 @@ class Connections(Places):
                 self.most, self.reduced = max(min(self.busy, self.most) // 2, 1), time.monotonic()
 
 
-class ReadAhead:
-    """Brings files into the page cache by large reads, two at a time; up to eight where they are slow.
+@contextmanager
+def progress(downloads: list[Download]) -> Iterator[None]:
+    """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
+    ended, drawn = threading.Event(), sys.stderr.isatty()
+    text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+
+    def report() -> None:
+        while not any(download.part for download in downloads):
+            if ended.wait(0.1):
+                return
+        place, next_line = sys.stderr if drawn else io.StringIO(), time.monotonic() + REPORT_S
+        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
+            while not ended.wait(0.1):
+                parts = [download.part for download in downloads if download.part]
+                bar.total = sum(part.expected for part in parts)
+                bar.update(sum(part.came for part in parts) - bar.n)
+                if not drawn and time.monotonic() > next_line:
+                    log.info("%s", bar)
+                    next_line += REPORT_S
+
+    in_background(report)
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def read_ahead(path: Path, readers: Places) -> None:
+    """Brings a file into the page cache by large reads, two at a time; up to eight where they are slow.
 
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
     worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
     disk, where more would keep the imports from it. Nobody waits for this: mapped pages come no later for it.
     """
+    offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
-    def __init__(self) -> None:
-        self.todo: deque[tuple[Path, int]] = deque()  # file and offset
-        self.places = Places(FIRST_READERS)
+    def read(offset: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            with suppress(OSError):  # not there, or the file system cannot tell
+                for at in range(offset, offset + READ_BYTES, MIB):
+                    os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+                return
+            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
 
-    def add(self, path: Path) -> None:
-        """Begins with a file, behind those that were added before."""
-        offsets = range(0, path.stat().st_size, READ_BYTES)
-        self.todo.extend((path, offset) for offset in offsets)
-        for _ in offsets[:READERS]:
-            in_background(self.read)
-
-    def read(self) -> None:
-        """Reads what is to be read; what cannot be read, or is in the cache already, is left out."""
-        while self.todo:
-            with self.places, suppress(IndexError):  # another thread took the last
-                path, offset = self.todo.popleft()
+    def read_all() -> None:
+        for offset in offsets:
+            with readers:
                 started = time.monotonic()
                 try:
-                    read_chunk(path, offset)
+                    read(offset)
                 except OSError as error:
                     log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
                 if time.monotonic() - started > SLOW_READ_S:
-                    self.places.grow(READERS)
+                    readers.grow(READERS)
 
-
-def read_chunk(path: Path, offset: int) -> None:
-    """Brings READ_BYTES of a file into the page cache, unless all are there already."""
-    with path.open("rb", buffering=0) as file:
-        try:
-            for at in range(offset, offset + READ_BYTES, MIB):
-                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-        except OSError:  # not there, or the file system cannot tell; the buffers are all the same memory
-            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)
+    for _ in range(READERS):
+        in_background(read_all)
 
 
 # what is in place
-
-
-def record_file(path: Path) -> Path:
-    """Where the store notes what it knows of a file: {"size", "mtime_ns", "sha256"}."""
-    return path.with_name(f".{path.name}.json")
 
 
 def read_record(path: Path) -> tuple[str | None, bool]:
     """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
     server's, so its clock does not matter."""
     try:
-        stat, record = path.stat(), json.loads(record_file(path).read_bytes())
+        stat, record = path.stat(), json.loads(path.with_name(f".{path.name}.json").read_bytes())
         return record["sha256"], (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
     except (OSError, ValueError, LookupError, TypeError):  # there is none that can be read
         return None, False
@@ -723,7 +700,7 @@ def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
     """Notes a file's stamp and hash, whole or not at all."""
     temporary = part_files(path, new_owner())[1]  # which is swept like one after a kill
     temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
-    temporary.replace(record_file(path))
+    temporary.replace(path.with_name(f".{path.name}.json"))
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -744,11 +721,6 @@ def content_problem(path: Path, name: str) -> str:
     except (safetensors.SafetensorError, OSError):
         return "is no whole safetensors file"
     return ""
-
-
-def nearest_folder(path: Path) -> Path:
-    """The first of a path's folders that is there: its volume is where the rest would be made."""
-    return next(folder for folder in path.parents if folder.exists())
 
 
 def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
@@ -772,13 +744,10 @@ def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | N
 class Fault(Exception):
     """Why a file's bytes do not come, and how many tries in a row that is worth."""
 
-    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0, of_link: bool = False) -> None:
+        """of_link: the link that Civitai gave was refused; one that has brought bytes before has expired."""
         super().__init__(reason)
-        self.tries, self.wait_s = tries, wait_s
-
-
-class LinkRefused(Fault):
-    """The CDN refuses the link that Civitai gave; one that has brought bytes before has expired."""
+        self.tries, self.wait_s, self.of_link = tries, wait_s, of_link
 
 
 class WrongFile(Exception):
@@ -860,14 +829,7 @@ def new_owner() -> str:
 def is_gone(owner: str) -> bool:
     """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
     found = re.match(r"(\w+)-(\d+)-\w+", owner)
-    if not found or found[1] != machine():
-        return False
-    with suppress(PermissionError):
-        try:
-            os.kill(int(found[2]), 0)
-        except ProcessLookupError:
-            return True
-    return False
+    return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
 
 class StoreLock:
@@ -879,7 +841,7 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name, self.file, self.owner = path.name, path.with_name(f".{path.name}.lock"), new_owner()
+        self.file, self.owner = path.with_name(f".{path.name}.lock"), new_owner()
         self.dead: set[str] = set()  # whose locks were taken over
         self.waited, self.released = False, threading.Event()
 
@@ -890,13 +852,13 @@ class StoreLock:
             if beat != seen:
                 seen, since = beat, time.monotonic()
             if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
-                log.warning("%s: the worker that was fetching it is gone; taking over", self.name)
+                log.warning("%s: the worker that was fetching the file is gone; taking over", self.file.name)
                 self.dead.add(beat.split(" ")[0])
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
             if not self.waited:
-                log.info("%s: another worker is fetching it; waiting", self.name)
+                log.info("%s: another worker is fetching it; waiting", self.file.name)
             self.waited = True
             time.sleep(LOCK_POLL_S)
         return self
@@ -908,35 +870,31 @@ class StoreLock:
 
     def take(self) -> bool:
         """Whether the lock is ours now."""
-        try:
+        with suppress(FileExistsError):
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        os.write(descriptor, f"{self.owner} 0".encode())
-        in_background(self.beat, descriptor)
-        return True
+            os.write(descriptor, f"{self.owner} 0".encode())
+            in_background(self.beat, descriptor)
+            return True
+        return False
 
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
-        failed = False
-        for beats in count(1):
-            if self.released.wait(LOCK_BEAT_S):
-                break
+        beats, failed = count(1), False
+        while not self.released.wait(LOCK_BEAT_S):
             try:
-                os.pwrite(descriptor, f"{self.owner} {beats}".encode(), 0)
+                os.pwrite(descriptor, f"{self.owner} {next(beats)}".encode(), 0)
                 os.fsync(descriptor)  # a network file system shows it to others now
             except OSError as error:  # a full disk, a stale handle: it may pass before others take the lock for dead
                 if not failed:
-                    log.warning("%s: the lock's beat cannot be written: %s", self.name, error.strerror)
+                    log.warning("%s: its beat cannot be written: %s", self.file.name, error.strerror)
                 failed = True
         os.close(descriptor)
 
     def read(self) -> str:
         """The lock's owner and beat; "" where it has gone."""
-        try:
+        with suppress(FileNotFoundError):
             return self.file.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return ""
 
 
 # the bytes of one file
@@ -951,15 +909,6 @@ def part_owners(path: Path) -> set[str]:
     """All whose parts of a file lie in the store."""
     files = path.parent.glob(f".{glob.escape(path.name)}.*")
     return {file.stem.removeprefix(f".{path.name}.") for file in files if file.suffix in (".part", ".journal")}
-
-
-def bytes_on_disk(path: Path) -> int:
-    """What the disk already holds of a file: parts that are resumed or deleted, and an unusable file in its place."""
-    total = 0
-    for file in (path, *(part_files(path, owner)[0] for owner in part_owners(path))):
-        with suppress(FileNotFoundError):
-            total += file.stat().st_blocks * 512
-    return total
 
 
 class Part:
@@ -999,10 +948,10 @@ class Part:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
+        """Leaves the bytes to the next try, but for a wrong file's, on a full disk, or where another fetches them."""
         self.given_up = True
         self.ended.set()
-        keep = kind is not None and not issubclass(kind, WrongFile | OSError)
+        keep = kind is not None and not issubclass(kind, WrongFile | LockLost | OSError)
         free = part_files(self.path, f"free-0-{secrets.token_hex(4)}")
         for file, kept in zip((self.data, self.journal), free, strict=True):
             with suppress(FileNotFoundError):  # published
@@ -1133,46 +1082,49 @@ class Download:
             write_record(self.path, stat, expected)
         return ""
 
+    def folder(self) -> Path:
+        """The first folder above the file that exists: on its volume the others would be made."""
+        return next(folder for folder in self.path.parents if folder.exists())
+
+    def needs(self) -> float:
+        """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
+        needed = self.size
+        for file in (self.path, *(part_files(self.path, owner)[0] for owner in part_owners(self.path))):
+            with suppress(FileNotFoundError):
+                needed -= file.stat().st_blocks * 512
+        return max(0, needed)
+
     def look(self) -> None:
-        """Asks for the size of a file that is not in place. Raises DownloadError where it is refused for good; what may
-        pass is asked again later."""
-        try:
-            with disk_errors(self):
-                self.source = self.ask() if self.problem() else None
-        except Fault as fault:
-            if fault.tries == ONE_TRY:
-                self.bear(fault)
+        """Asks for the size of a file that is not in place. What is raised here will be so again at ensure."""
+        self.source = self.ask() if self.problem() else None
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
         with disk_errors(self):
-            if not again and not self.problem():
-                self.store.ahead.add(self.path)
-                return self.path
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.store.progress():
-                while not self.take_turn(again):
-                    log.warning("%s: another worker has taken it over", self)
+            while not self.fetched and (again or self.problem()):
+                again = self.take_turn(again)
+            if not self.fetched:  # what was fetched is in the page cache
+                read_ahead(self.path, self.store.readers)
         return self.path
 
     def take_turn(self, again: bool) -> bool:
-        """Fetches the file, unless another worker has done so while this one waited. False where the lock was lost."""
+        """Fetches the file, unless another worker has done so while this one waited; whether it is to be `again`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            problem = "is to be replaced" if again and not lock.waited else self.problem()
-            if not problem:
-                self.store.ahead.add(self.path)  # what is fetched here is in the page cache already
-                return True
-            if not again and self.path.exists():
+            again = again and not lock.waited
+            problem = "" if again else self.problem()
+            if problem and self.path.exists():
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
             try:
-                self.fetch(lock)
+                if again or problem:
+                    self.fetch(lock)
             except LockLost:
-                return False
+                log.warning("%s: another worker has taken it over", self)
             except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
                 if self.problem():
                     raise
-        return True
+        return again
 
     def fetch(self, lock: StoreLock) -> None:
         """Fetches the file, with patience; what comes and fails its checks is thrown away and fetched once more, then
@@ -1269,7 +1221,7 @@ class Download:
                 wait_s = urllib3.util.Retry().get_retry_after(response.raw)
             raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
         elif origin(response.url) != origin(self.url):
-            raise LinkRefused(f"{said} to the link that Civitai gave", FEW_TRIES)
+            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES, of_link=True)
         else:
             said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
@@ -1288,10 +1240,8 @@ class Download:
             except Fault as fault:
                 why = str(fault)
             except ValueError:
-                found = body.lstrip()[:1]
-                why = (
-                    "a web page came" if found == b"<" else "what came is not JSON" if found else "its answer is empty"
-                )
+                found = body.strip()[:1]
+                why = "a web page came" if found == b"<" else "what came is no JSON" if found else "its answer is empty"
             except (LookupError, TypeError, AttributeError):
                 why = "its listing has not the form that is known"
             log.warning("%s: Civitai tells no hash: %s", self, why)
@@ -1331,7 +1281,7 @@ class Download:
                 part.todo.extendleft(reversed(run))
             if part.given_up:
                 break
-            if source is not self.proven or not isinstance(fault, LinkRefused):  # else the link has expired: no fault
+            if source is not self.proven or not fault.of_link:  # else the link has expired, which is no fault
                 self.store.connections.reduce(began)
                 part.ended.wait(self.bear(fault, began))
             self.renew(part, source)

@@ -68,7 +68,7 @@ def model_address(config: dict, folder: Path) -> tuple[str, str]:
 
 def record_of(path: Path) -> Path:
     """Where the store notes what it knows of a file."""
-    return handler.record_file(path)
+    return path.with_name(f".{path.name}.json")
 
 
 def write_record(path: Path, sha256: str | None) -> None:
@@ -90,9 +90,12 @@ def dead_owner() -> str:
     return f"{handler.machine()}-{child}-{secrets.token_hex(4)}"
 
 
-def read_ahead() -> handler.ReadAhead:
-    """.add(path) brings a file into the page cache; .todo is what waits to be read."""
-    return handler.ReadAhead()
+def read_ahead(*paths: Path) -> Any:
+    """Brings files into the page cache; .busy of what is returned is how many reads are under way."""
+    readers = handler.Places(handler.FIRST_READERS)
+    for path in paths:
+        handler.read_ahead(path, readers)
+    return readers
 
 
 # --- the engine

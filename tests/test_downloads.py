@@ -345,7 +345,7 @@ LISTINGS = {
     "web page": (Fault("info", html=True, times=-1), "a web page came"),
     "empty": (Fault("info", body=b"", times=-1), "its answer is empty"),
     "region": (Fault("info", status=451, body=b'{"error": "blocked here"}', times=-1), "it answered 451: blocked here"),
-    "no JSON": (Fault("info", body=b"{]", times=-1), "what came is not JSON"),
+    "no JSON": (Fault("info", body=b"{]", times=-1), "what came is no JSON"),
     "a list": (Fault("info", body=b"[1]", times=-1), "has not the form"),
     "no files": (Fault("info", body=b'{"files": null}', times=-1), "has not the form"),
     "odd files": (Fault("info", body=b'{"files": [1, "x"]}', times=-1), "has not the form"),

@@ -191,12 +191,11 @@ def test_damaged_record(server, tmp_path, record):
 def test_read_ahead(tmp_path):
     """Reading ahead brings every byte of the files into the page cache."""
     paths = [write_model(tmp_path / f"{size}.safetensors", size * MIB) for size in (70, 3)]
-    ahead = seams.read_ahead()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        ahead.add(path)
+    seams.read_ahead(*paths)
     deadline = time.monotonic() + 20
     for path in paths:
         with path.open("rb") as file:
@@ -205,32 +204,28 @@ def test_read_ahead(tmp_path):
                 time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("slow_s", "readers"), [(60, 2), (0.01, 8)])
-def test_readers(tmp_path, monkeypatch, slow_s, readers):
-    """Two read ahead on a fast disk, eight where every read waits for a server; none stays when all is read."""
-    seams.tune(monkeypatch, READ_BYTES=MIB)
-    seams.tune(monkeypatch, SLOW_READ_S=slow_s)
-    now = most = 0
-    lock = threading.Lock()
+@pytest.mark.parametrize(("slow_s", "most"), [(60, 2), (0.0, 8)])
+def test_readers(tmp_path, monkeypatch, slow_s, most):
+    """Two read ahead on a fast disk, eight where every read waits for a server; all is read."""
+    seams.tune(monkeypatch, READ_BYTES=MIB, SLOW_READ_S=slow_s)
+    now, seen, read, lock = 0, 0, 0, threading.Lock()
 
     def preadv(_descriptor: int, _buffers: list, _offset: int, flags: int = 0) -> int:
-        nonlocal now, most
+        nonlocal now, seen, read
         if flags == os.RWF_NOWAIT:
             raise BlockingIOError  # nothing is in the page cache
         with lock:
-            now, most = now + 1, max(most, now + 1)
+            now, seen = now + 1, max(seen, now + 1)
         time.sleep(0.02)
         with lock:
-            now -= 1
+            now, read = now - 1, read + 1
         return MIB
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = seams.read_ahead()
-    for i in range(3):
-        ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
-    while ahead.todo or now:
+    seams.read_ahead(*(write_model(tmp_path / f"{i}.safetensors", 20 * MIB) for i in range(3)))
+    while read < 3 * 21:
         time.sleep(0.01)
-    assert most == readers
+    assert seen == most
 
 
 def is_cached(descriptor: int, offset: int) -> bool:
@@ -255,9 +250,8 @@ def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = seams.read_ahead()
-    ahead.add(write_model(tmp_path / "a.safetensors", 20 * MIB))
-    while ahead.todo or ahead.places.busy:
+    seams.read_ahead(write_model(tmp_path / "a.safetensors", 20 * MIB))
+    while len(read) < 17:
         time.sleep(0.01)
     assert sorted(read) == list(range(4 * MIB, 21 * MIB, MIB))
     assert "cannot be read ahead" in caplog.text
@@ -547,7 +541,7 @@ def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
 
 
 @pytest.mark.parametrize("hashed", [True, False], ids=["hash known", "no hash"])
-def test_part_of_another_machine(server, tmp_path, hashed):
+def test_part_of_another_machine(server, tmp_path, hurry, hashed):
     """What came on another machine, or before this one crashed, counts only where a hash can find lost writes; what
     came on this one counts without, too."""
     server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
@@ -566,7 +560,7 @@ def test_part_of_another_machine(server, tmp_path, hashed):
         assert (sent(server) < 1.1 * origin.stat().st_size) == (hashed or where == "here")
 
 
-def test_part_of_another_file(server, tmp_path):
+def test_part_of_another_file(server, tmp_path, hurry):
     """What is left of a file that has changed since is not mixed into it, but deleted."""
     server.files[135867] = write_model(tmp_path / "old.origin", 4 * MIB)
     server.rate = MIB
@@ -591,7 +585,7 @@ def test_leftovers_without_their_other_half(server, tmp_path):
     assert sorted(file.name for file in (tmp_path / "store").iterdir()) == DONE
 
 
-def test_lost_writes(server, tmp_path):
+def test_lost_writes(server, tmp_path, hurry):
     """A part whose bytes were lost, as in a crash of the machine, is found out by its hash and fetched again."""
     server.rate = MIB
     play((tmp_path / "store", 1, 0.3))
@@ -602,7 +596,7 @@ def test_lost_writes(server, tmp_path):
     assert path.read_bytes() == server.files[135867].read_bytes()
 
 
-def test_torn_journal(server, tmp_path):
+def test_torn_journal(server, tmp_path, hurry):
     """A journal that ends in the middle of an entry is read up to there."""
     server.rate = MIB
     play((tmp_path / "store", 1, 0.3))
