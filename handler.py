@@ -424,7 +424,7 @@ TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
-REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
+REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
@@ -494,7 +494,7 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.readers = requests.Session(), Connections(FEW), Places(FIRST_READERS)
+        self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
         self.downloads: list[Download] = []  # that share the space
@@ -515,15 +515,17 @@ class Store:
         their worker has ended here, or was silent for a day."""
         settings = self.settings
         wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
+        ended: set[Path] = set()
         wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
-        for file in chain(*(folder.glob(".*") for folder in {settings.checkpoint_dir, settings.lora_dir})):
-            found = re.fullmatch(r"\.(.+?)\.(?:(\w+-\d+-\w+)\.(?:part|journal)|lock)", file.name)
+        for file in chain(*(sorted(folder.glob(".*")) for folder in {settings.checkpoint_dir, settings.lora_dir})):
+            found = re.fullmatch(r"\.(.+?)\.(?:\w+\.part|\w+\.journal|lock)", file.name)
             path = file.with_name(found[1]) if found else file
             if not found or (path in wanted and not path.exists()):
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
-                if is_gone(found[2] or file.read_text(errors="replace")) or silent_s > SILENT_S:
+                if silent_s > SILENT_S or path in ended or is_gone(StoreLock(path).read()):
+                    ended.add(path)  # its lock goes first or last
                     file.unlink()
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
@@ -586,7 +588,7 @@ class Places:
     """So many may be at work at once; `with` waits for a place."""
 
     def __init__(self, most: int) -> None:
-        self.changed, self.busy, self.most = threading.Condition(), 0, most
+        self.changed, self.busy, self.most, self.halved = threading.Condition(), 0, most, -math.inf
 
     def __enter__(self) -> None:
         with self.changed:
@@ -601,27 +603,14 @@ class Places:
     def grow(self, limit: int) -> None:
         """One place more, up to the limit."""
         with self.changed:
-            self.most = min(self.most + 1, limit)
+            self.most = max(self.most, min(self.most + 1, limit))
             self.changed.notify()
 
-
-class Connections(Places):
-    """Places for requests. Civitai's CDN caps each connection far below what a data centre's line carries, and then all
-    are needed; where they are fast, those beyond a few cost CPU alone."""
-
-    limit, reduced = FEW, -math.inf
-
-    def count(self, size: int, seconds: float) -> None:
-        """A request has brought so many bytes so far: more at once where they come slowly, or again after a fault."""
-        if seconds > JUDGED_S and size / seconds < FAST:
-            self.limit = MANY
-        self.grow(self.limit)
-
-    def reduce(self, began: float) -> None:
-        """Half as many, after the fault of a request that began since the last time."""
+    def halve(self, began: float) -> None:
+        """Half as many, after the fault of something that began since the last time."""
         with self.changed:
-            if began > self.reduced:
-                self.most, self.reduced = max(min(self.busy, self.most) // 2, 1), time.monotonic()
+            if began > self.halved:
+                self.most, self.halved = max(min(self.busy, self.most) // 2, 1), time.monotonic()
 
 
 @contextmanager
@@ -683,9 +672,6 @@ def read_ahead(path: Path, readers: Places) -> None:
         in_background(read_all)
 
 
-# what is in place
-
-
 def read_record(path: Path) -> tuple[str | None, bool]:
     """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
     server's, so its clock does not matter."""
@@ -698,7 +684,7 @@ def read_record(path: Path) -> tuple[str | None, bool]:
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
     """Notes a file's stamp and hash, whole or not at all."""
-    temporary = part_files(path, new_owner())[1]  # which is swept like one after a kill
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.journal")  # which is swept as one after a kill
     temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
     temporary.replace(path.with_name(f".{path.name}.json"))
 
@@ -821,13 +807,8 @@ def machine() -> str:
         return secrets.token_hex(8)
 
 
-def new_owner() -> str:
-    """A name for one piece of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
-    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
 def is_gone(owner: str) -> bool:
-    """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
+    """Whether a lock's owner has surely ended: a process of this machine, of another one nothing is sure."""
     found = re.match(r"(\w+)-(\d+)-\w+", owner)
     return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
@@ -837,12 +818,12 @@ class StoreLock:
 
     The lock is a file made with O_EXCL, which network file systems keep where flock silently does nothing. Its owner
     writes a beat into it: one whose beat has not changed for LOCK_DEAD_S of our own clock is dead. Where O_EXCL does
-    nothing either, several fetch the same file under names of their own, and the result is still right.
+    nothing either, several write the same bytes into one part, and the result is still right.
     """
 
     def __init__(self, path: Path) -> None:
-        self.file, self.owner = path.with_name(f".{path.name}.lock"), new_owner()
-        self.dead: set[str] = set()  # whose locks were taken over
+        self.file = path.with_name(f".{path.name}.lock")
+        self.owner = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
@@ -853,7 +834,6 @@ class StoreLock:
                 seen, since = beat, time.monotonic()
             if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
                 log.warning("%s: the worker that was fetching the file is gone; taking over", self.file.name)
-                self.dead.add(beat.split(" ")[0])
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
@@ -897,76 +877,56 @@ class StoreLock:
         return ""
 
 
-# the bytes of one file
-
-
-def part_files(path: Path, owner: str) -> tuple[Path, Path]:
-    """Where an owner's part of a file lies: its bytes, its journal."""
-    return path.with_name(f".{path.name}.{owner}.part"), path.with_name(f".{path.name}.{owner}.journal")
-
-
-def part_owners(path: Path) -> set[str]:
-    """All whose parts of a file lie in the store."""
-    files = path.parent.glob(f".{glob.escape(path.name)}.*")
-    return {file.stem.removeprefix(f".{path.name}.") for file in files if file.suffix in (".part", ".journal")}
+def left_of(path: Path) -> list[Path]:
+    """What downloads of a file have left beside it: parts and journals."""
+    return [file for file in path.parent.glob(f".{glob.escape(path.name)}.*") if file.suffix in (".part", ".journal")]
 
 
 class Part:
     """The bytes of a file that have come, segment by segment, and marks of them that survive `kill -9`.
 
-    .<name>.<owner>.part      the bytes, in their place
-    .<name>.<owner>.journal   a line that says what they are of, then a byte for each segment: 1 where it has come
+    .<name>.<identity>.part      the bytes, in their place
+    .<name>.<identity>.journal   the machine that they came on, then a byte for each segment: 1 where it has come
+
+    The identity tells a file's bytes from those of others, so whoever fetches the same ones goes on with the same part,
+    and workers that do so at once, where locks do nothing, do each other no harm.
     """
 
-    def __init__(self, path: Path, lock: StoreLock, size: float, identity: str, hashed: bool) -> None:
-        """identity: what tells this file's bytes from others. hashed: whether a hash will find lost writes in the end;
-        else bytes that came on another machine, or before this one crashed, do not count."""
-        self.path, self.dead, self.size, self.identity, self.hashed = path, lock.dead, size, identity, hashed
-        self.data, self.journal = part_files(path, lock.owner)
-        self.header = f"{identity} {machine()}\n".encode()
+    def __init__(self, path: Path, size: float, identity: str, hashed: bool) -> None:
+        """hashed: whether a hash will find lost writes in the end; else bytes that came on another machine, or before
+        this one crashed, do not count."""
+        self.path, self.size, self.hashed = path, size, hashed
+        self.data, self.journal = (path.with_name(f".{path.name}.{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
-        self.done: set[int] = set()
         self.begun: dict[int, int] = {}  # segment -> where its next byte goes
         self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
         self.given_up, self.came = False, 0
 
     def __enter__(self) -> Part:
-        """Opens the part, with what a dead worker left of the same file."""
-        for owner in part_owners(self.path):
-            if owner in self.dead or owner.startswith("free-") or is_gone(owner):
-                with suppress(FileNotFoundError):  # where locks do nothing, another worker may be quicker
-                    self.adopt(*part_files(self.path, owner))
-                for file in part_files(self.path, owner):
-                    file.unlink(missing_ok=True)
-        if not self.done:
-            self.journal.write_bytes(self.header)
+        """Opens the part with what has come before, and deletes what is left of other bytes."""
+        kept, header = {self.data, self.journal} & set(left_of(self.path)), machine().encode().ljust(HEADER_BYTES)
+        if len(kept) < 2 or not (self.hashed or self.journal.read_bytes().startswith(header)):
+            kept = set()
+        for file in set(left_of(self.path)) - kept:
+            file.unlink(missing_ok=True)
+        if not kept:
+            self.journal.write_bytes(header)
         self.data.touch()
         # open until the last thread that uses this part lets go of it: a number closed earlier could be another file's
         self.marks, self.bytes = self.journal.open("r+b", buffering=0), self.data.open("r+b", buffering=0)
+        marks, held = self.marks.read()[HEADER_BYTES:], os.fstat(self.bytes.fileno()).st_size
+        self.done = {n for n, mark in enumerate(marks[: self.segments]) if mark == 1 and self.end(n) <= held}
         self.todo = deque(segment for segment in range(self.segments) if segment not in self.done)
         self.expected = sum(self.end(segment) - segment * SEGMENT for segment in self.todo)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leaves the bytes to the next try, but for a wrong file's, on a full disk, or where another fetches them."""
+        """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
         self.given_up = True
         self.ended.set()
-        keep = kind is not None and not issubclass(kind, WrongFile | LockLost | OSError)
-        free = part_files(self.path, f"free-0-{secrets.token_hex(4)}")
-        for file, kept in zip((self.data, self.journal), free, strict=True):
-            with suppress(FileNotFoundError):  # published
-                file.rename(kept) if keep else file.unlink()
-
-    def adopt(self, data: Path, journal: Path) -> None:
-        """Takes a part over, where it is of the same file. Its journal first: so a kill loses nothing."""
-        header, _, marks = journal.read_bytes().partition(b"\n")
-        identity, _, where = header.decode(errors="replace").partition(" ")
-        of_this_file = identity == self.identity and (self.hashed or where == machine())
-        if of_this_file and not self.done and data.exists():
-            self.header = header + b"\n"
-            self.journal.write_bytes(self.header + marks)
-            data.rename(self.data)
-            self.done = {segment for segment, mark in enumerate(marks[: self.segments]) if mark == 1}
+        if kind and issubclass(kind, WrongFile | OSError):
+            for file in (self.data, self.journal):
+                file.unlink(missing_ok=True)
 
     def end(self, segment: int) -> int:
         """Where a segment ends."""
@@ -997,7 +957,7 @@ class Part:
 
     def mark(self, segment: int) -> None:
         """Notes that a segment has come: a kill before costs no more than the segment."""
-        os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
+        os.pwrite(self.marks.fileno(), b"\1", HEADER_BYTES + segment)
         self.done.add(segment)
         if len(self.done) == self.segments:
             self.ended.set()
@@ -1027,7 +987,7 @@ class Part:
         with suppress(OSError):  # some network file systems cannot make a rename last, and need not
             os.fsync(folder)
         os.close(folder)
-        for file in chain(*(part_files(self.path, owner) for owner in part_owners(self.path))):
+        for file in left_of(self.path):
             file.unlink(missing_ok=True)
 
 
@@ -1089,7 +1049,7 @@ class Download:
     def needs(self) -> float:
         """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
         needed = self.size
-        for file in (self.path, *(part_files(self.path, owner)[0] for owner in part_owners(self.path))):
+        for file in (self.path, *left_of(self.path)):
             with suppress(FileNotFoundError):
                 needed -= file.stat().st_blocks * 512
         return max(0, needed)
@@ -1119,11 +1079,9 @@ class Download:
             try:
                 if again or problem:
                     self.fetch(lock)
-            except LockLost:
+            except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
                 log.warning("%s: another worker has taken it over", self)
-            except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
-                if self.problem():
-                    raise
+                time.sleep(LOCK_POLL_S)
         return again
 
     def fetch(self, lock: StoreLock) -> None:
@@ -1172,10 +1130,10 @@ class Download:
         self.source = source
         expected = self.sha256 or self.listed_sha256(source.size)
         told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
-        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()  # of one stream: of no use to another
+        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()[:16]  # of one stream: of no use to another
         # 2. room for it, and what others left of it
         self.store.check_space()
-        with Part(self.path, lock, source.size, identity, bool(expected)) as part:
+        with Part(self.path, source.size, identity, bool(expected)) as part:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
@@ -1282,7 +1240,7 @@ class Download:
             if part.given_up:
                 break
             if source is not self.proven or not fault.of_link:  # else the link has expired, which is no fault
-                self.store.connections.reduce(began)
+                self.store.connections.halve(began)
                 part.ended.wait(self.bear(fault, began))
             self.renew(part, source)
 
@@ -1301,7 +1259,10 @@ class Download:
                 if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
                 run.popleft()
-                self.store.connections.count(at - start, time.monotonic() - began)
+                # Civitai's CDN caps each connection far below what a line carries, and then all are needed; where they
+                # are fast, those beyond a few cost CPU alone
+                seconds = time.monotonic() - began
+                self.store.connections.grow(MANY if seconds > JUDGED_S and (at - start) / seconds < FAST else FEW)
 
     def receive(self, response: Any, part: Part, segment: int, source: Source) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
