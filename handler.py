@@ -428,7 +428,7 @@ REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
-REFUSALS |= {404: "check the version id", 410: "its creator or Civitai has removed it", 451: "not served in this place"}
+REFUSALS |= {404: "check the version id", 410: "its creator or Civitai removed it", 451: "not served in this region"}
 
 
 @dataclass(frozen=True)
@@ -449,7 +449,8 @@ def fetch_models(settings: Settings) -> ModelFiles:
     downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
     store.downloads = [checkpoint, *downloads.values()]
     wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
-    store.check_space()
+    with disk_errors(checkpoint):
+        store.check_space()
     path, *futures = [in_background(download.ensure) for download in store.downloads]
     with progress(store.downloads):
         path.result()  # without it nothing else matters
@@ -515,7 +516,6 @@ class Store:
         their worker has ended here, or was silent for a day."""
         settings = self.settings
         wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
-        ended: set[Path] = set()
         wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
         for file in chain(*(sorted(folder.glob(".*")) for folder in {settings.checkpoint_dir, settings.lora_dir})):
             found = re.fullmatch(r"\.(.+?)\.(?:\w+\.part|\w+\.journal|lock)", file.name)
@@ -524,9 +524,8 @@ class Store:
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
-                if silent_s > SILENT_S or path in ended or is_gone(StoreLock(path).read()):
-                    ended.add(path)  # its lock goes first or last
-                    file.unlink()
+                if silent_s > SILENT_S or is_gone(StoreLock(path).read()):
+                    file.unlink()  # the lock, which says who the worker was, is the last in order
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
     def check_space(self) -> None:
@@ -620,16 +619,14 @@ def progress(downloads: list[Download]) -> Iterator[None]:
     text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
 
     def report() -> None:
-        while not any(download.part for download in downloads):
-            if ended.wait(0.1):
-                return
         place, next_line = sys.stderr if drawn else io.StringIO(), time.monotonic() + REPORT_S
-        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
+        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
+        with tqdm.tqdm(desc="models", bar_format=text, file=place, **options) as bar:
             while not ended.wait(0.1):
                 parts = [download.part for download in downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
                 bar.update(sum(part.came for part in parts) - bar.n)
-                if not drawn and time.monotonic() > next_line:
+                if bar.total and not drawn and time.monotonic() > next_line:
                     log.info("%s", bar)
                     next_line += REPORT_S
 
@@ -800,11 +797,10 @@ def tag_of(response: Any) -> str:
 @functools.cache
 def machine() -> str:
     """The running kernel and its PID namespace: where a process id means one process. Random where neither shows."""
-    try:
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         return f"{boot}{Path('/proc/self/ns/pid').stat().st_ino:x}"
-    except OSError:
-        return secrets.token_hex(8)
+    return secrets.token_hex(8)
 
 
 def is_gone(owner: str) -> bool:
@@ -828,7 +824,12 @@ class StoreLock:
 
     def __enter__(self) -> StoreLock:
         seen, since = "", time.monotonic()
-        while not self.take():
+        while True:
+            with suppress(FileExistsError):
+                descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                os.write(descriptor, f"{self.owner} 0".encode())
+                in_background(self.beat, descriptor)
+                return self
             beat = self.read()
             if beat != seen:
                 seen, since = beat, time.monotonic()
@@ -841,21 +842,11 @@ class StoreLock:
                 log.info("%s: another worker is fetching it; waiting", self.file.name)
             self.waited = True
             time.sleep(LOCK_POLL_S)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.released.set()
         if self.read().startswith(self.owner):
             self.file.unlink(missing_ok=True)
-
-    def take(self) -> bool:
-        """Whether the lock is ours now."""
-        with suppress(FileExistsError):
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            os.write(descriptor, f"{self.owner} 0".encode())
-            in_background(self.beat, descriptor)
-            return True
-        return False
 
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
@@ -893,8 +884,8 @@ class Part:
     """
 
     def __init__(self, path: Path, size: float, identity: str, hashed: bool) -> None:
-        """hashed: whether a hash will find lost writes in the end; else bytes that came on another machine, or before
-        this one crashed, do not count."""
+        """hashed: whether a hash will find lost writes in the end; else bytes of another machine, or of before this one
+        crashed, do not count."""
         self.path, self.size, self.hashed = path, size, hashed
         self.data, self.journal = (path.with_name(f".{path.name}.{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
@@ -924,7 +915,7 @@ class Part:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
         self.given_up = True
         self.ended.set()
-        if kind and issubclass(kind, WrongFile | OSError):
+        if kind and issubclass(kind, WrongFile | OSError) and kind is not FileNotFoundError:
             for file in (self.data, self.journal):
                 file.unlink(missing_ok=True)
 
@@ -1117,8 +1108,8 @@ class Download:
                 backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
                 self.resume = now + (fault.wait_s or backoff)
                 if self.faults >= fault.tries or self.resume > self.deadline:
-                    message = f"{self} cannot be downloaded: {fault}"
-                    raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
+                    detail = f"{self.faults} tries in a row"
+                    raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=detail) from None
                 log.warning("%s: %s; trying again in %.1f s", self, fault, self.resume - now)
             return max(0.0, self.resume - now)
 

@@ -273,6 +273,14 @@ def test_no_room_for_all(server, tmp_path, monkeypatch):
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
+def test_store_that_cannot_be_made(server, monkeypatch):
+    """A start whose store cannot be written says which setting names it."""
+    monkeypatch.setenv("MODEL_CACHE_DIR", "/proc/store")
+    with pytest.raises(handler.DownloadError, match="MODEL_CACHE_DIR") as caught:
+        handler.setup_models()
+    assert "/proc" not in str(caught.value)
+
+
 # what nobody resumes
 
 
