@@ -1073,6 +1073,8 @@ class Download:
             except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
                 log.warning("%s: another worker has taken it over", self)
                 time.sleep(LOCK_POLL_S)
+                for file in () if self.problem() else left_of(self.path):  # published meanwhile: our part is in vain
+                    file.unlink(missing_ok=True)
         return again
 
     def fetch(self, lock: StoreLock) -> None:
