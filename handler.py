@@ -434,19 +434,16 @@ def gpu_is_lost() -> bool:
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
 FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
-CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0
+CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
-REPORT_S, HASH_BYTES, HASH_POLL_S = 5.0, 16 * MIB, 0.01
+REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
-REFUSALS |= {
-    404: "check the version id",
-    410: "its creator or Civitai has removed it",
-    451: "not served in this region",
-}
+REFUSALS |= {404: "check the version id", 410: "its creator or Civitai removed it", 451: "not served in this region"}
 
 
 @dataclass(frozen=True)
@@ -467,15 +464,17 @@ def fetch_models(settings: Settings) -> ModelFiles:
     downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
     store.downloads = [checkpoint, *downloads.values()]
     wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
-    store.check_space()
+    with disk_errors(checkpoint):
+        store.check_space()
     path, *futures = [in_background(download.ensure) for download in store.downloads]
-    path.result()  # without it nothing else matters
-    for name, future in zip(downloads, futures, strict=True):
-        try:
-            loras[name] = future.result()
-        except DownloadError as error:
-            failed[name] = str(error)
-            log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
+    with progress(store.downloads):
+        path.result()  # without it nothing else matters
+        for name, future in zip(downloads, futures, strict=True):
+            try:
+                loras[name] = future.result()
+            except DownloadError as error:
+                failed[name] = str(error)
+                log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
     return ModelFiles(path.result(), loras, failed)
 
 
@@ -503,7 +502,7 @@ def download_file(url: str, filepath: Path) -> None:
 
 
 class Store:
-    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk, progress.
+    """The folders of model files, and what their downloads share: HTTP, connections, space on the disk.
 
     Beside a file <name> lie, all hidden: .<name>.json, what is known of it; .<name>.lock, while a worker fetches it;
     and the files of a Part. Several workers may use one folder.
@@ -511,19 +510,21 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.ahead = requests.Session(), Connections(), ReadAhead()
+        self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
-        self.downloads: list[Download] = []  # that share space and progress
-        self.lock, self.running = threading.Lock(), 0
+        self.downloads: list[Download] = []  # that share the space
 
     def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
         """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
         once. Raises DownloadError."""
         download = Download(self, config, folder)
-        with self.lock:
-            self.downloads = [download, *(self.downloads if self.running else ())]
-        return download.ensure(again)
+        self.downloads.append(download)
+        try:
+            with progress([download]):
+                return download.ensure(again)
+        finally:
+            self.downloads.remove(download)
 
     def sweep(self) -> None:
         """Deletes what downloads left that nobody will resume: the file is not configured any more, or in place, and
@@ -531,15 +532,15 @@ class Store:
         settings = self.settings
         wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
         wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
-        for file in chain(*(folder.glob(".*") for folder in {settings.checkpoint_dir, settings.lora_dir})):
-            found = re.fullmatch(r"\.(.+?)\.(?:(\w+-\d+-\w+)\.(?:part|journal)|lock)", file.name)
+        for file in chain(*(sorted(folder.glob(".*")) for folder in {settings.checkpoint_dir, settings.lora_dir})):
+            found = re.fullmatch(r"\.(.+?)\.(?:\w+\.part|\w+\.journal|lock)", file.name)
             path = file.with_name(found[1]) if found else file
             if not found or (path in wanted and not path.exists()):
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
-                if is_gone(found[2] or file.read_text(errors="replace")) or silent_s > SILENT_S:
-                    file.unlink()
+                if silent_s > SILENT_S or is_gone(StoreLock(path).read()):
+                    file.unlink()  # the lock, which says who the worker was, is the last in order
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
     def check_space(self) -> None:
@@ -547,47 +548,16 @@ class Store:
         volumes: dict[int, list[Download]] = {}
         for download in self.downloads:
             if download.size < math.inf and not download.fetched:
-                download.path.parent.mkdir(parents=True, exist_ok=True)
-                volumes.setdefault(download.path.parent.stat().st_dev, []).append(download)
-        for together in volumes.values():
-            volume = os.statvfs(together[0].path.parent)
-            needed = sum(max(0, download.size - bytes_on_disk(download.path)) for download in together)
+                volumes.setdefault(download.folder().stat().st_dev, []).append(download)
+        for first, *others in volumes.values():
+            volume = os.statvfs(first.folder())
+            needed = sum(download.needs() for download in (first, *others))
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
-                what = (
-                    f"{together[0]} needs" if len(together) == 1 else f"{together[0]} and {len(together) - 1} more need"
-                )
                 raise DownloadError(
-                    f"{what} {needed / MB:.0f} MB, but the model store has {free / MB:.0f} MB free: take a larger "
-                    "network volume, or another MODEL_CACHE_DIR"
+                    f"{first} {f'and {len(others)} more need' if others else 'needs'} {needed / MB:.0f} MB, but the "
+                    f"model store has {free / MB:.0f} MB free: take a larger network volume, or another MODEL_CACHE_DIR"
                 )
-
-    @contextmanager
-    def progress(self) -> Iterator[None]:
-        """Shows how far all files together are, while at least one is fetched."""
-        with self.lock:
-            self.running += 1
-            if self.running == 1:
-                in_background(self.report)
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-    def report(self) -> None:
-        """A bar on a terminal, a line every REPORT_S in a log."""
-        drawn, next_line = sys.stderr.isatty(), time.monotonic() + REPORT_S
-        text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
-        place = sys.stderr if drawn else io.StringIO()
-        with tqdm.tqdm(desc="models", unit="B", unit_scale=True, leave=False, bar_format=text, file=place) as bar:
-            while self.running > 0:
-                time.sleep(0.1)
-                parts = [download.part for download in self.downloads if download.part]
-                bar.total = sum(part.expected for part in parts)
-                bar.update(sum(part.came for part in parts) - bar.n)
-                if bar.total and not drawn and time.monotonic() > next_line:
-                    log.info("%s", bar)
-                    next_line += REPORT_S
 
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
@@ -596,8 +566,8 @@ class Store:
         headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
         keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
         keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
-        with network_faults():
-            for _ in range(6):
+        for _ in range(6):
+            with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
                 key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
                 response = self.session.get(url, headers=headers | key, **keep)
@@ -606,18 +576,19 @@ class Store:
                 response.close()
                 url = urljoin(url, response.headers["location"])
                 scheme, host, _ = origin(url)
-                loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
-                if scheme != "https" and not (scheme == "http" and loopback):
-                    raise Fault("the server redirects to an address without encryption", ONE_TRY)
+            loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host or "")
+            if scheme != "https" and not (scheme == "http" and loopback):
+                raise Fault("the server redirects to an address without encryption", ONE_TRY)
         raise Fault("the server redirects in circles", FEW_TRIES)
 
     def said_by_civitai(self, response: Any) -> str:
         """Civitai's message, after ": ": one short line without markup, addresses or the key; "" where it has none."""
+        if origin(response.url) != origin(self.base_url):
+            return ""
         try:
-            with network_faults():
-                answer = json.loads(response.content if origin(response.url) == origin(self.base_url) else "{}")
+            answer = json.loads(read_body(response, MIB, LISTING_S))
             said = answer.get("message") or answer.get("error")
-        except (Fault, AttributeError):  # it is no JSON, or no object
+        except (Fault, ValueError, AttributeError):  # it is no JSON, or no object
             return ""
         if not isinstance(said, str) or re.search(r"<\s*[a-z!/]", said, re.IGNORECASE):
             return ""
@@ -627,13 +598,11 @@ class Store:
         return f": {said[:200]}" if said else ""
 
 
-class Connections:
-    """Places for requests; `with` waits for one. Civitai's CDN caps each connection far below what a data centre's line
-    carries, and then all are needed; where they are fast, those beyond a few cost CPU alone."""
+class Places:
+    """So many may be at work at once; `with` waits for a place."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.busy, self.most, self.limit, self.reduced = 0, FEW, FEW, -math.inf
+    def __init__(self, most: int) -> None:
+        self.changed, self.busy, self.most, self.halved = threading.Condition(), 0, most, -math.inf
 
     def __enter__(self) -> None:
         with self.changed:
@@ -645,86 +614,81 @@ class Connections:
             self.busy -= 1
             self.changed.notify()
 
-    def count(self, size: int, seconds: float) -> None:
-        """A request has brought so many bytes so far: more at once where they come slowly, or again after a fault."""
+    def grow(self, limit: int) -> None:
+        """One place more, up to the limit."""
         with self.changed:
-            if self.limit == FEW and seconds > JUDGED_S and size / seconds < FAST:
-                self.most = self.limit = MANY
-            self.most = min(self.most + 1, self.limit)
-            self.changed.notify_all()
+            self.most = max(self.most, min(self.most + 1, limit))
+            self.changed.notify()
 
-    def reduce(self, began: float) -> None:
-        """Half as many, after the fault of a request that began since the last time."""
+    def halve(self, began: float) -> None:
+        """Half as many, after the fault of something that began since the last time."""
         with self.changed:
-            if began > self.reduced:
-                self.most, self.reduced = max(min(self.busy, self.most) // 2, 1), time.monotonic()
+            if began > self.halved:
+                self.most, self.halved = max(min(self.busy, self.most) // 2, 1), time.monotonic()
 
 
-class ReadAhead:
-    """Brings files into the page cache by large reads, two at a time; up to eight where each is slow.
+@contextmanager
+def progress(downloads: list[Download]) -> Iterator[None]:
+    """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
+    ended, drawn = threading.Event(), sys.stderr.isatty()
+    text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+
+    def report() -> None:
+        place, next_line = sys.stderr if drawn else io.StringIO(), time.monotonic() + REPORT_S
+        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
+        with tqdm.tqdm(desc="models", bar_format=text, file=place, **options) as bar:
+            while not ended.wait(0.1):
+                parts = [download.part for download in downloads if download.part]
+                bar.total = sum(part.expected for part in parts)
+                bar.update(sum(part.came for part in parts) - bar.n)
+                if bar.total and not drawn and time.monotonic() > next_line:
+                    log.info("%s", bar)
+                    next_line += REPORT_S
+
+    in_background(report)
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def read_ahead(path: Path, readers: Places) -> None:
+    """Brings a file into the page cache by large reads, two at a time; up to eight where they are slow.
 
     from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
     worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
     disk, where more would keep the imports from it. Nobody waits for this: mapped pages come no later for it.
     """
+    offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
-    def __init__(self) -> None:
-        self.todo: deque[tuple[Path, int]] = deque()  # file and offset
-        self.lock, self.readers = threading.Lock(), 0
+    def read(offset: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            with suppress(OSError):  # not there, or the file system cannot tell
+                for at in range(offset, offset + READ_BYTES, MIB):
+                    os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+                return
+            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
 
-    def add(self, path: Path) -> None:
-        """Begins with a file, behind those that were added before."""
-        self.todo.extend((path, offset) for offset in range(0, path.stat().st_size, READ_BYTES))
-        for _ in range(FIRST_READERS):
-            self.start_reader(FIRST_READERS)
+    def read_all() -> None:
+        for offset in offsets:
+            with readers:
+                started = time.monotonic()
+                try:
+                    read(offset)
+                except OSError as error:
+                    log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
+                if time.monotonic() - started > SLOW_READ_S:
+                    readers.grow(READERS)
 
-    def start_reader(self, most: int) -> None:
-        """One more reader, where there are not as many as that."""
-        with self.lock:
-            if self.readers < most:
-                self.readers += 1
-                in_background(self.read)
-
-    def read(self) -> None:
-        """Reads what is to be read; a chunk that cannot be is left to whoever needs it."""
-        while True:
-            with self.lock:  # in one step: else a file added just then would find this reader counted
-                if not self.todo:
-                    self.readers -= 1
-                    return
-                path, offset = self.todo.popleft()
-            started = time.monotonic()
-            try:
-                read_chunk(path, offset)
-            except OSError as error:
-                log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
-            if time.monotonic() - started > SLOW_READ_S:
-                self.start_reader(READERS)
-
-
-def read_chunk(path: Path, offset: int) -> None:
-    """Brings READ_BYTES of a file into the page cache, unless all are there already."""
-    with path.open("rb", buffering=0) as file:
-        try:
-            for at in range(offset, offset + READ_BYTES, MIB):
-                os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-        except OSError:  # not there, or the file system cannot tell; the buffers are all the same memory
-            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)
-
-
-# what is in place
-
-
-def record_file(path: Path) -> Path:
-    """Where the store notes what it knows of a file: {"size", "mtime_ns", "sha256"}."""
-    return path.with_name(f".{path.name}.json")
+    for _ in range(READERS):
+        in_background(read_all)
 
 
 def read_record(path: Path) -> tuple[str | None, bool]:
     """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
     server's, so its clock does not matter."""
     try:
-        stat, record = path.stat(), json.loads(record_file(path).read_bytes())
+        stat, record = path.stat(), json.loads(path.with_name(f".{path.name}.json").read_bytes())
         return record["sha256"], (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
     except (OSError, ValueError, LookupError, TypeError):  # there is none that can be read
         return None, False
@@ -732,9 +696,9 @@ def read_record(path: Path) -> tuple[str | None, bool]:
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
     """Notes a file's stamp and hash, whole or not at all."""
-    temporary = part_files(path, new_owner())[1]  # which is swept like one after a kill
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.journal")  # which is swept as one after a kill
     temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
-    temporary.replace(record_file(path))
+    temporary.replace(path.with_name(f".{path.name}.json"))
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -755,9 +719,6 @@ def content_problem(path: Path, name: str) -> str:
     except (safetensors.SafetensorError, OSError):
         return "is no whole safetensors file"
     return ""
-
-
-WRONG_HASH = "has another SHA256 than the published file"
 
 
 def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
@@ -781,9 +742,10 @@ def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | N
 class Fault(Exception):
     """Why a file's bytes do not come, and how many tries in a row that is worth."""
 
-    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0, of_link: bool = False) -> None:
+        """of_link: the link that Civitai gave was refused; one that has brought bytes before has expired."""
         super().__init__(reason)
-        self.tries, self.wait_s = tries, wait_s
+        self.tries, self.wait_s, self.of_link = tries, wait_s, of_link
 
 
 class WrongFile(Exception):
@@ -808,7 +770,7 @@ def network_faults() -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors(download: Download) -> Iterator[None]:
+def disk_errors(what: object) -> Iterator[None]:
     """Turns what the file system refuses into DownloadError, its path for the log alone."""
     try:
         yield
@@ -816,7 +778,21 @@ def disk_errors(download: Download) -> Iterator[None]:
         advice = "the model store cannot be used: check MODEL_CACHE_DIR, CHECKPOINT_DIR and LORA_DIR"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # RunPod's volumes say EDQUOT with space left
             advice = "the model store is full, or its quota is used up: take a larger network volume"
-        raise DownloadError(f"{download} cannot be stored, {advice}", detail=error) from error
+        raise DownloadError(f"{what} cannot be stored, {advice}", detail=error) from error
+
+
+def read_body(response: Any, size: int, seconds: float) -> bytes:
+    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also where they take longer: a body that
+    drips for ever makes no pause that a timeout sees."""
+    blocks, deadline = [], time.monotonic() + seconds
+    read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
+    with network_faults():
+        while size and (block := read(size, decode_content="content-encoding" in response.headers)):
+            blocks.append(block)
+            size -= len(block)
+            if size and time.monotonic() > deadline:
+                raise Fault("the server sent too little for too long")
+    return b"".join(blocks)
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -836,29 +812,16 @@ def tag_of(response: Any) -> str:
 @functools.cache
 def machine() -> str:
     """The running kernel and its PID namespace: where a process id means one process. Random where neither shows."""
-    try:
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         return f"{boot}{Path('/proc/self/ns/pid').stat().st_ino:x}"
-    except OSError:
-        return secrets.token_hex(8)
-
-
-def new_owner() -> str:
-    """A name for one piece of work of this process: "3f2a91bcf0000041-1234-9a8b7c6d"."""
-    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return secrets.token_hex(8)
 
 
 def is_gone(owner: str) -> bool:
-    """Whether an owner's process has surely ended. Of one in another container or machine nothing is sure."""
+    """Whether a lock's owner has surely ended: a process of this machine, of another one nothing is sure."""
     found = re.match(r"(\w+)-(\d+)-\w+", owner)
-    if not found or found[1] != machine():
-        return False
-    with suppress(PermissionError):
-        try:
-            os.kill(int(found[2]), 0)
-        except ProcessLookupError:
-            return True
-    return False
+    return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
 
 class StoreLock:
@@ -866,123 +829,99 @@ class StoreLock:
 
     The lock is a file made with O_EXCL, which network file systems keep where flock silently does nothing. Its owner
     writes a beat into it: one whose beat has not changed for LOCK_DEAD_S of our own clock is dead. Where O_EXCL does
-    nothing either, several fetch the same file under names of their own, and the result is still right.
+    nothing either, several write the same bytes into one part, and the result is still right.
     """
 
     def __init__(self, path: Path) -> None:
-        self.name, self.file, self.owner = path.name, path.with_name(f".{path.name}.lock"), new_owner()
-        self.dead: set[str] = set()  # whose locks were taken over
+        self.file = path.with_name(f".{path.name}.lock")
+        self.owner = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
         seen, since = "", time.monotonic()
-        while not self.take():
+        while True:
+            with suppress(FileExistsError):
+                descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                os.write(descriptor, f"{self.owner} 0".encode())
+                in_background(self.beat, descriptor)
+                return self
             beat = self.read()
             if beat != seen:
                 seen, since = beat, time.monotonic()
             if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
-                log.warning("%s: the worker that was fetching it is gone; taking over", self.name)
-                self.dead.add(beat.split(" ")[0])
+                log.warning("%s: the worker that was fetching the file is gone; taking over", self.file.name)
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
             if not self.waited:
-                log.info("%s: another worker is fetching it; waiting", self.name)
+                log.info("%s: another worker is fetching it; waiting", self.file.name)
             self.waited = True
             time.sleep(LOCK_POLL_S)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.released.set()
         if self.read().startswith(self.owner):
             self.file.unlink(missing_ok=True)
 
-    def take(self) -> bool:
-        """Whether the lock is ours now."""
-        try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        os.write(descriptor, f"{self.owner} 0".encode())
-        in_background(self.beat, descriptor)
-        return True
-
     def beat(self, descriptor: int) -> None:
         """Shows that this worker lives. Through the open file: a lock taken from us is another's file."""
-        beats, failed = 0, False
+        beats, failed = count(1), False
         while not self.released.wait(LOCK_BEAT_S):
-            beats += 1
             try:
-                os.pwrite(descriptor, f"{self.owner} {beats}".encode(), 0)
+                os.pwrite(descriptor, f"{self.owner} {next(beats)}".encode(), 0)
                 os.fsync(descriptor)  # a network file system shows it to others now
             except OSError as error:  # a full disk, a stale handle: it may pass before others take the lock for dead
                 if not failed:
-                    log.warning("%s: the lock's beat cannot be written: %s", self.name, error.strerror)
+                    log.warning("%s: its beat cannot be written: %s", self.file.name, error.strerror)
                 failed = True
         os.close(descriptor)
 
     def read(self) -> str:
         """The lock's owner and beat; "" where it has gone."""
-        try:
-            return self.file.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
-
-
-# the bytes of one file
-
-
-def part_files(path: Path, owner: str) -> tuple[Path, Path]:
-    """Where an owner's part of a file lies: its bytes, its journal."""
-    return path.with_name(f".{path.name}.{owner}.part"), path.with_name(f".{path.name}.{owner}.journal")
-
-
-def part_owners(path: Path) -> set[str]:
-    """All whose parts of a file lie in the store."""
-    files = path.parent.glob(f".{glob.escape(path.name)}.*")
-    return {file.stem.removeprefix(f".{path.name}.") for file in files if file.suffix in (".part", ".journal")}
-
-
-def bytes_on_disk(path: Path) -> int:
-    """What the disk already holds of a file: parts that are resumed or deleted, and an unusable file in its place."""
-    total = 0
-    for file in (path, *(part_files(path, owner)[0] for owner in part_owners(path))):
         with suppress(FileNotFoundError):
-            total += file.stat().st_blocks * 512
-    return total
+            return self.file.read_text(errors="replace")
+        return ""
+
+
+def left_of(path: Path) -> list[Path]:
+    """What downloads of a file have left beside it: parts and journals."""
+    return [file for file in path.parent.glob(f".{glob.escape(path.name)}.*") if file.suffix in (".part", ".journal")]
 
 
 class Part:
     """The bytes of a file that have come, segment by segment, and marks of them that survive `kill -9`.
 
-    .<name>.<owner>.part      the bytes, in their place
-    .<name>.<owner>.journal   a line that says what they are of, then a byte for each segment: 1 where it has come
+    .<name>.<identity>.part      the bytes, in their place
+    .<name>.<identity>.journal   the machine that they came on, then a byte for each segment: 1 where it has come
+
+    The identity tells a file's bytes from those of others, so whoever fetches the same ones goes on with the same part,
+    and workers that do so at once, where locks do nothing, do each other no harm.
     """
 
-    def __init__(self, path: Path, lock: StoreLock, size: float, identity: str, hashed: bool) -> None:
-        """identity: what tells this file's bytes from others. hashed: whether a hash will find lost writes in the end;
-        else bytes that came on another machine, or before this one crashed, do not count."""
-        self.path, self.dead, self.size, self.identity, self.hashed = path, lock.dead, size, identity, hashed
-        self.data, self.journal = part_files(path, lock.owner)
-        self.header = f"{identity} {machine()}\n".encode()
+    def __init__(self, path: Path, size: float, identity: str, hashed: bool) -> None:
+        """hashed: whether a hash will find lost writes in the end; else bytes of another machine, or of before this one
+        crashed, do not count."""
+        self.path, self.size, self.hashed = path, size, hashed
+        self.data, self.journal = (path.with_name(f".{path.name}.{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
-        self.done: set[int] = set()
+        self.begun: dict[int, int] = {}  # segment -> where its next byte goes
         self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
         self.given_up, self.came = False, 0
 
     def __enter__(self) -> Part:
-        """Opens the part, with what a dead worker left of the same file."""
-        for owner in part_owners(self.path):
-            if owner in self.dead or owner.startswith("free-") or is_gone(owner):
-                with suppress(FileNotFoundError):  # where locks do nothing, another worker may be quicker
-                    self.adopt(*part_files(self.path, owner))
-                for file in part_files(self.path, owner):
-                    file.unlink(missing_ok=True)
-        if not self.done:
-            self.journal.write_bytes(self.header)
+        """Opens the part with what has come before, and deletes what is left of other bytes."""
+        kept, header = {self.data, self.journal} & set(left_of(self.path)), machine().encode().ljust(HEADER_BYTES)
+        if len(kept) < 2 or not (self.hashed or self.journal.read_bytes().startswith(header)):
+            kept = set()
+        for file in set(left_of(self.path)) - kept:
+            file.unlink(missing_ok=True)
+        if not kept:
+            self.journal.write_bytes(header)
         self.data.touch()
         # open until the last thread that uses this part lets go of it: a number closed earlier could be another file's
         self.marks, self.bytes = self.journal.open("r+b", buffering=0), self.data.open("r+b", buffering=0)
+        marks, held = self.marks.read()[HEADER_BYTES:], os.fstat(self.bytes.fileno()).st_size
+        self.done = {n for n, mark in enumerate(marks[: self.segments]) if mark == 1 and self.end(n) <= held}
         self.todo = deque(segment for segment in range(self.segments) if segment not in self.done)
         self.expected = sum(self.end(segment) - segment * SEGMENT for segment in self.todo)
         return self
@@ -991,22 +930,9 @@ class Part:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
         self.given_up = True
         self.ended.set()
-        keep = kind is not None and not issubclass(kind, WrongFile | OSError)
-        free = part_files(self.path, f"free-0-{secrets.token_hex(4)}")
-        for file, kept in zip((self.data, self.journal), free, strict=True):
-            with suppress(FileNotFoundError):  # published
-                file.rename(kept) if keep else file.unlink()
-
-    def adopt(self, data: Path, journal: Path) -> None:
-        """Takes a part over, where it is of the same file. Its journal first: so a kill loses nothing."""
-        header, _, marks = journal.read_bytes().partition(b"\n")
-        identity, _, where = header.decode(errors="replace").partition(" ")
-        of_this_file = identity == self.identity and (self.hashed or where == machine())
-        if of_this_file and not self.done and data.exists():
-            self.header = header + b"\n"
-            self.journal.write_bytes(self.header + marks)
-            data.rename(self.data)
-            self.done = {segment for segment, mark in enumerate(marks[: self.segments]) if mark == 1}
+        if kind and issubclass(kind, WrongFile | OSError) and kind is not FileNotFoundError:
+            for file in (self.data, self.journal):
+                file.unlink(missing_ok=True)
 
     def end(self, segment: int) -> int:
         """Where a segment ends."""
@@ -1021,24 +947,26 @@ class Part:
                 run.append(self.todo.popleft())
             return run
 
-    def write(self, start: int, block: bytes) -> None:
-        """Puts a block into its place."""
+    def write(self, segment: int, at: int, block: bytes) -> None:
+        """Puts a block into its place; the segment is marked with its last."""
         view = memoryview(block)
         with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
             if self.given_up:
                 raise Fault("the download was given up")
             while view:
-                written = os.pwrite(self.bytes.fileno(), view, start)
-                start, view = start + written, view[written:]
+                written = os.pwrite(self.bytes.fileno(), view, at)
+                at, view = at + written, view[written:]
+            self.begun[segment] = at
+            self.came += len(block)
+            if at == self.end(segment):
+                self.mark(segment)
 
-    def mark(self, segment: int, size: int) -> None:
+    def mark(self, segment: int) -> None:
         """Notes that a segment has come: a kill before costs no more than the segment."""
-        with self.lock:
-            os.pwrite(self.marks.fileno(), b"\1", len(self.header) + segment)
-            self.done.add(segment)
-            self.came += size
-            if len(self.done) == self.segments:
-                self.ended.set()
+        os.pwrite(self.marks.fileno(), b"\1", HEADER_BYTES + segment)
+        self.done.add(segment)
+        if len(self.done) == self.segments:
+            self.ended.set()
 
     def sha256(self) -> str:
         """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
@@ -1065,37 +993,8 @@ class Part:
         with suppress(OSError):  # some network file systems cannot make a rename last, and need not
             os.fsync(folder)
         os.close(folder)
-        for file in chain(*(part_files(self.path, owner) for owner in part_owners(self.path))):
+        for file in left_of(self.path):
             file.unlink(missing_ok=True)
-
-
-class Patience:
-    """How long the faults of one file are borne: some tries in a row, and PATIENCE_S without a byte."""
-
-    def __init__(self) -> None:
-        self.lock, self.resume = threading.Lock(), 0.0
-        self.progressed()
-
-    def progressed(self) -> None:
-        """Bytes came: faults count from here again."""
-        self.faults, self.deadline = 0, time.monotonic() + PATIENCE_S
-
-    def bear(self, what: Download, fault: Fault, began: float = math.inf) -> float:
-        """Seconds to wait before the next try. Raises DownloadError where there have been enough.
-
-        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
-        """
-        with self.lock:
-            now = time.monotonic()
-            if began > self.resume:
-                self.faults += 1
-                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
-                self.resume = now + (fault.wait_s or backoff)
-                if self.faults >= fault.tries or self.resume > self.deadline:
-                    message = f"{what} cannot be downloaded: {fault}"
-                    raise DownloadError(message, detail=f"{self.faults} tries in a row") from None
-                log.warning("%s: %s; trying again in %.1f s", what, fault, self.resume - now)
-            return max(0.0, self.resume - now)
 
 
 @dataclass(frozen=True)
@@ -1120,8 +1019,11 @@ class Download:
         self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
         self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
         self.source: Source | None = None
+        self.proven: Source | None = None  # the last that has brought bytes
         self.size, self.part, self.fetched = math.inf, None, False
-        self.patience, self.renewing = Patience(), threading.Lock()
+        self.lock, self.renewing = threading.Lock(), threading.Lock()
+        self.resume = -math.inf  # the end of the last wait after a fault
+        self.progressed(math.inf)
 
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
@@ -1146,62 +1048,87 @@ class Download:
             write_record(self.path, stat, expected)
         return ""
 
+    def folder(self) -> Path:
+        """The first folder above the file that exists: on its volume the others would be made."""
+        return next(folder for folder in self.path.parents if folder.exists())
+
+    def needs(self) -> float:
+        """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
+        needed = self.size
+        for file in (self.path, *left_of(self.path)):
+            with suppress(FileNotFoundError):
+                needed -= file.stat().st_blocks * 512
+        return max(0, needed)
+
     def look(self) -> None:
-        """Asks for the size of a file that is not in place; a server that does not answer is asked again later."""
-        if self.problem():
-            with suppress(Fault):
-                self.source = self.ask()
+        """Asks for the size of a file that is not in place. What is raised here will be so again at ensure."""
+        self.source = self.ask() if self.problem() else None
 
     def ensure(self, again: bool = False) -> Path:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
         with disk_errors(self):
-            if again or self.problem():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.store.progress():
-                    while not self.take_turn(again):
-                        log.warning("%s: another worker has taken it over", self)
+            while not self.fetched and (again or self.problem()):
+                again = self.take_turn(again)
             if not self.fetched:  # what was fetched is in the page cache
-                self.store.ahead.add(self.path)
+                read_ahead(self.path, self.store.readers)
         return self.path
 
     def take_turn(self, again: bool) -> bool:
-        """Fetches the file, unless another worker has done so while this one waited. False where the lock was lost."""
+        """Fetches the file, unless another worker has done so while this one waited; whether it is to be `again`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            if not again or lock.waited:
-                problem = self.problem()
-                if not problem:
-                    return True
-                if self.path.exists():
-                    log.warning("%s: the file in place %s: fetching it again", self, problem)
-                    self.path.unlink()
+            again = again and not lock.waited
+            problem = "" if again else self.problem()
+            if problem and self.path.exists():
+                log.warning("%s: the file in place %s: fetching it again", self, problem)
+                self.path.unlink()
             try:
-                self.fetch(lock)
-            except LockLost:
-                return False
-            except FileNotFoundError:  # where locks do nothing, a worker that has published the file sweeps ours away
-                if self.problem():
-                    raise
-        return True
+                if again or problem:
+                    self.fetch(lock)
+            except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
+                log.warning("%s: another worker has taken it over", self)
+                time.sleep(LOCK_POLL_S)
+                for file in () if self.problem() else left_of(self.path):  # published meanwhile: our part is in vain
+                    file.unlink(missing_ok=True)
+        return again
 
     def fetch(self, lock: StoreLock) -> None:
-        """Fetches the file; what comes and fails its checks is thrown away and fetched once more, then refused."""
-        self.patience.progressed()
-        for last in (False, True):
+        """Fetches the file, with patience; what comes and fails its checks is thrown away and fetched once more, then
+        refused."""
+        self.progressed(math.inf)
+        refused = False
+        while not self.fetched:
             try:
-                self.patiently(self.fetch_once, lock)
-                return
+                self.fetch_once(lock)
+            except Fault as fault:
+                time.sleep(self.bear(fault))
             except WrongFile as wrong:
-                if last:
+                if refused:
                     raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
                 log.warning("%s: what came %s: fetching it once more", self, wrong)
+                refused = True
+                self.progressed(math.inf)
 
-    def patiently(self, step: Callable[..., Any], *args: Any) -> Any:
-        """step(*args), again and again while its faults may pass."""
-        while True:
-            try:
-                return step(*args)
-            except Fault as fault:
-                time.sleep(self.patience.bear(self, fault))
+    def progressed(self, left: float) -> None:
+        """Bytes came, and so many are left to come: faults count from here again."""
+        self.faults, self.deadline, self.left = 0, time.monotonic() + PATIENCE_S, left
+
+    def bear(self, fault: Fault, began: float = math.inf) -> float:
+        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after PATIENCE_S.
+
+        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
+        """
+        with self.lock:
+            now = time.monotonic()
+            if began > self.resume:
+                self.faults += 1
+                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
+                self.resume = now + (fault.wait_s or backoff)
+                if self.faults >= fault.tries or self.resume > self.deadline:
+                    detail = f"{self.faults} tries in a row"
+                    raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=detail) from None
+                log.warning("%s: %s; trying again in %.1f s", self, fault, self.resume - now)
+            return max(0.0, self.resume - now)
 
     def fetch_once(self, lock: StoreLock) -> None:
         """The file from the first request to its name. Raises WrongFile, Fault, LockLost or DownloadError."""
@@ -1211,10 +1138,10 @@ class Download:
         self.source = source
         expected = self.sha256 or self.listed_sha256(source.size)
         told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
-        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()  # of one stream: of no use to another
+        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()[:16]  # of one stream: of no use to another
         # 2. room for it, and what others left of it
         self.store.check_space()
-        with Part(self.path, lock, source.size, identity, bool(expected)) as part:
+        with Part(self.path, source.size, identity, bool(expected)) as part:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
@@ -1232,7 +1159,7 @@ class Download:
         log.info("%s: %.1f MB in %.1f s, %s", self, part.size / MB, seconds, note)
 
     def ask(self) -> Source:
-        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte."""
+        """Follows the URL to where the bytes are. Civitai refuses HEAD, so this asks for one byte. Raises Fault."""
         response = self.store.get(self.url, "0-0")
         self.check_status(response)
         if response.status_code == 200:
@@ -1260,7 +1187,7 @@ class Download:
                 wait_s = urllib3.util.Retry().get_retry_after(response.raw)
             raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
         elif origin(response.url) != origin(self.url):
-            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
+            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES, of_link=True)
         else:
             said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
@@ -1271,18 +1198,16 @@ class Download:
         for _ in range(2 if self.version else 0):
             try:
                 url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
-                with self.store.get(url, stall_s=LISTING_S) as response, network_faults():
-                    status, body = response.status_code, response.content
-                if status == 200:
-                    return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
-                why = f"it answered {status}{self.store.said_by_civitai(response)}"
+                with self.store.get(url, stall_s=LISTING_S) as response:
+                    if response.status_code == 200:
+                        body = read_body(response, 16 * MIB, LISTING_S)
+                        return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
+                    why = f"it answered {response.status_code}{self.store.said_by_civitai(response)}"
             except Fault as fault:
                 why = str(fault)
             except ValueError:
-                is_page = body.lstrip()[:1] == b"<"
-                why = (
-                    "a web page came" if is_page else "what came is not JSON" if body.strip() else "its answer is empty"
-                )
+                found = body.strip()[:1]
+                why = "a web page came" if found == b"<" else "what came is no JSON" if found else "its answer is empty"
             except (LookupError, TypeError, AttributeError):
                 why = "its listing has not the form that is known"
             log.warning("%s: Civitai tells no hash: %s", self, why)
@@ -1290,13 +1215,15 @@ class Download:
 
     def fetch_whole(self, part: Part) -> None:
         """The bytes in one stream, from a server without ranges."""
-        with self.store.connections, network_faults(), self.source.whole as response:
-            for segment in count():
-                reached = self.receive(response, part, segment)
-                if reached < (segment + 1) * SEGMENT:
-                    break
-        part.size = reached if part.size == math.inf else part.size
-        if reached < part.size:
+        at = segment = 0
+        with self.store.connections, self.source.whole as response:
+            while at == segment * SEGMENT and at < part.size:
+                at = self.receive(response, part, segment, self.source)
+                segment += 1
+        if part.size == math.inf:
+            part.size = at
+            part.mark(segment - 1)
+        if at < part.size:
             raise Fault("the server ended the file early")
 
     def fetch_ranges(self, part: Part) -> None:
@@ -1306,7 +1233,7 @@ class Download:
             future.result()
 
     def fetch_runs(self, part: Part) -> None:
-        """Fetches segments as long as there are any; waits after a fault, and asks for a new link."""
+        """Fetches segments as long as there are any; after a fault it waits, and asks for a new link."""
         while not part.given_up and (run := part.take()):
             source = self.source
             with self.store.connections:
@@ -1318,15 +1245,17 @@ class Download:
                     fault = error
             with part.lock:
                 part.todo.extendleft(reversed(run))
-            if not part.given_up:
-                self.store.connections.reduce(began)
-                part.ended.wait(self.patience.bear(self, fault, began))
-                self.renew(part, source)
+            if part.given_up:
+                break
+            if source is not self.proven or not fault.of_link:  # else the link has expired, which is no fault
+                self.store.connections.halve(began)
+                part.ended.wait(self.bear(fault, began))
+            self.renew(part, source)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
-        """One request for a run of segments; those that come leave the run."""
-        first, start = run[0], run[0] * SEGMENT
-        with network_faults(), self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
+        """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
+        start = part.begun.get(run[0], run[0] * SEGMENT)
+        with self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
             self.check_status(response)
             described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
             if not described or (int(described[1]), int(described[2])) != (start, source.size):
@@ -1334,33 +1263,42 @@ class Download:
             if tag_of(response) != source.tag:
                 raise Fault("the server sent another file")
             while run:
-                if self.receive(response, part, run[0]) < part.end(run[0]):
+                at = self.receive(response, part, run[0], source)
+                if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
-                self.store.connections.count((run.popleft() - first + 1) * SEGMENT, time.monotonic() - began)
+                run.popleft()
+                # Civitai's CDN caps each connection far below what a line carries, and then all are needed; where they
+                # are fast, those beyond a few cost CPU alone
+                seconds = time.monotonic() - began
+                self.store.connections.grow(MANY if seconds > JUDGED_S and (at - start) / seconds < FAST else FEW)
 
-    def receive(self, response: Any, part: Part, segment: int) -> int:
-        """Takes a segment's bytes from a body, marks it where they are all there, and returns where they end."""
-        at, start, end = segment * SEGMENT, segment * SEGMENT, part.end(segment)
-        while at < end and (block := response.raw.read(min(BLOCK, end - at), decode_content=False)):
-            part.write(at, block)
+    def receive(self, response: Any, part: Part, segment: int, source: Source) -> int:
+        """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
+        at, end = part.begun.get(segment, segment * SEGMENT), part.end(segment)
+        while at < end and (block := read_body(response, size := min(BLOCK, end - at), STALL_S)):
+            part.write(segment, at, block)
             at += len(block)
-        if at > start and (at == end or part.size == math.inf):
-            part.mark(segment, at - start)
-            self.patience.progressed()
+            left = part.expected - part.came
+            if left < self.left and len(block) == size:  # else it came before, or drips
+                self.proven = source
+                self.progressed(left)
         return at
 
     def renew(self, part: Part, source: Source) -> None:
-        """Asks for a new link in place of this one, which may have expired, unless another thread has done so. Raises
-        WrongFile where it leads to another file."""
+        """Asks for a new link in place of this one, unless another thread has done so. Raises WrongFile where it leads
+        to another file."""
         with self.renewing:
-            if self.source is not source or part.ended.is_set():
-                return
-            new = self.patiently(self.ask)
-            if new.whole:
-                raise Fault("the server has stopped serving ranges")
-            if (new.size, new.tag) != (source.size, source.tag):
-                raise WrongFile("has changed in mid-download")
-            self.source = new
+            while self.source is source and not part.ended.is_set():
+                try:
+                    new = self.ask()
+                except Fault as fault:
+                    part.ended.wait(self.bear(fault))
+                    continue
+                if new.whole:
+                    raise Fault("the server has stopped serving ranges")
+                if (new.size, new.tag) != (source.size, source.tag):
+                    raise WrongFile("has changed in mid-download")
+                self.source = new
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +51,8 @@ class Fault:
     short_range: int = 0  # a correct 206 of that many bytes fewer than asked for
     flip_at: int | None = None  # the byte at this offset of the file comes inverted
     wrong_hash: bool = False  # info names another SHA256
+    drip_s: float = 0  # a byte of the body (info, cdn) at a time, so far apart
+    endless: bool = False  # info's body never ends
 
 
 @dataclass
@@ -85,6 +88,9 @@ class CivitaiServer:
     ) -> None:
         """rate: bytes per second and connection; link_s: how long a signed link lives."""
         self.files, self.key, self.rate, self.link_s = dict(files), key, rate, link_s
+        self.link_uses: int | None = None  # requests that a signed link is good for; it has expired afterwards
+        self.uses: Counter[str] = Counter()  # of each link
+        self.serving, self.peak = 0, 0  # requests that the CDN serves now, and served at once at most
         self.faults: dict[int, list[Fault]] = {}
         self.requests: list[Request] = []
         self.connections = 0  # opened so far
@@ -93,6 +99,7 @@ class CivitaiServer:
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"civitai": self}))
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # clients that hang up are no error
         self.port = self.http.server_address[1]
         self.url, self.cdn_url = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
 
@@ -136,7 +143,7 @@ class CivitaiServer:
 
     def signed_url(self, version_id: int) -> str:
         """A link to the CDN that lives for link_s seconds."""
-        expires = f"{time.time() + self.link_s:.3f}"
+        expires = f"{time.time() + self.link_s:.6f}"
         query = f"X-Expires={expires}&X-Signature={self.signature(version_id, expires)}"
         return f"{self.cdn_url}/cdn/{version_id}/{self.files[version_id].name}?{query}"
 
@@ -244,7 +251,17 @@ class Handler(BaseHTTPRequestHandler):
         file |= {"primary": True, "hashes": hashes, "downloadUrl": link, "metadata": {"format": "SafeTensor"}}
         training = {"id": 1, "name": "training.zip", "type": "Training Data", "sizeKB": 17.5, "primary": False}
         training |= {"hashes": {"SHA256": "F" * 64}, "downloadUrl": f"{link}?type=Training%20Data"}
-        self.answer(200, json.dumps({"id": version_id, "name": "v1.0", "files": [training, file]}).encode())
+        body = json.dumps({"id": version_id, "name": "v1.0", "files": [training, file]}).encode()
+        if not fault.drip_s and not fault.endless:
+            return self.answer(200, body)
+        self.head(200, None, "application/json", {})
+        self.close_connection = True
+        piece = b" " * (1 << 16 if fault.endless else 1)
+        with contextlib.suppress(ConnectionError):
+            while not self.civitai.closing.wait(fault.drip_s):
+                self.wfile.write(piece)
+                self.request_seen.sent += len(piece)
+        return None
 
     def serve_cdn(self, version_id: int, fault: Fault) -> None:
         """The file or a range of it."""
@@ -252,13 +269,21 @@ class Handler(BaseHTTPRequestHandler):
         expires, signature = query.get("X-Expires", ["0"])[0], query.get("X-Signature", [""])[0]
         if "Authorization" in self.headers:
             return self.answer(400, b"<Error><Code>InvalidArgument</Code></Error>", "application/xml")
-        if signature != self.civitai.signature(version_id, expires) or float(expires) < time.time():
+        with self.civitai.lock:
+            self.civitai.uses[expires] += 1
+            used_up = self.civitai.link_uses is not None and self.civitai.uses[expires] > self.civitai.link_uses
+        if used_up or signature != self.civitai.signature(version_id, expires) or float(expires) < time.time():
             return self.answer(403, b"<Error><Code>ExpiredRequest</Code></Error>", "application/xml")
         if not self.civitai.most.acquire(blocking=False):
             return self.answer(429, b"<Error><Code>SlowDown</Code></Error>", "application/xml")
         try:
+            with self.civitai.lock:
+                self.civitai.serving += 1
+                self.civitai.peak = max(self.civitai.peak, self.civitai.serving)
             return self.serve_file(version_id, fault)
         finally:
+            with self.civitai.lock:
+                self.civitai.serving -= 1
             self.civitai.most.release()
 
     def serve_file(self, version_id: int, fault: Fault) -> None:
@@ -287,6 +312,8 @@ class Handler(BaseHTTPRequestHandler):
         """The bytes, as fast as they go or at the server's rate, up to where the fault cuts them off."""
         allowed = count if fault.cut_after is None else min(count, fault.cut_after)
         piece = allowed if not self.civitai.rate and fault.flip_at is None else 1 << 16
+        if fault.drip_s:
+            piece = 1
         if self.civitai.rate:  # small steps: what lies in the socket when a client is killed was sent in vain
             piece = min(piece, max(1024, int(self.civitai.rate / 100)))
         began = time.monotonic()
@@ -295,6 +322,7 @@ class Handler(BaseHTTPRequestHandler):
                 sent, step = self.request_seen.sent, min(piece, allowed - self.request_seen.sent)
                 if self.civitai.rate:
                     time.sleep(max(0.0, (sent + step) / self.civitai.rate - (time.monotonic() - began)))
+                self.civitai.closing.wait(fault.drip_s)
                 if fault.flip_at is None:
                     self.request_seen.sent += self.connection.sendfile(file, start + sent, step)
                 else:

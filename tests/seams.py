@@ -47,11 +47,17 @@ def set_volume(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 # --- store
 
-Settings, fetch_models, recorded_sha256 = handler.Settings, handler.fetch_models, handler.recorded_sha256
-log, in_background = handler.log, handler.in_background
-machine, pick_sha256, origin = handler.machine, handler.pick_sha256, handler.origin
-QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "STALL_S": 1.5, "SEGMENT": 256 * 1024, "BLOCK": 64 * 1024}
-QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 1.0}
+Settings = handler.Settings  # what a start is given
+fetch_models = handler.fetch_models  # which LoRAs could not be had, and why: an answer tells them after a whole job
+recorded_sha256 = handler.recorded_sha256  # what is known of a file in place
+log = handler.log  # whose lines are read
+in_background = handler.in_background  # threads whose errors come back
+machine = handler.machine  # for locks and journals as if of this machine, or of another
+pick_sha256 = handler.pick_sha256  # listings of many kinds, without a server each
+origin = handler.origin  # what a key is bound to, of addresses that no test can serve
+QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "LISTING_S": 30}  # seconds
+QUICK |= {"SEGMENT": 1 << 18, "BLOCK": 1 << 16}
+QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 2.0}  # seconds
 
 
 def tune(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
@@ -73,7 +79,7 @@ def model_address(config: dict, folder: Path) -> tuple[str, str]:
 
 def record_of(path: Path) -> Path:
     """Where the store notes what it knows of a file."""
-    return handler.record_file(path)
+    return path.with_name(f".{path.name}.json")
 
 
 def write_record(path: Path, sha256: str | None) -> None:
@@ -95,9 +101,12 @@ def dead_owner() -> str:
     return f"{handler.machine()}-{child}-{secrets.token_hex(4)}"
 
 
-def read_ahead() -> handler.ReadAhead:
-    """.add(path) brings a file into the page cache; .readers and .todo are what is at work and waiting."""
-    return handler.ReadAhead()
+def read_ahead(*paths: Path) -> Any:
+    """Brings files into the page cache; .busy of what is returned is how many reads are under way."""
+    readers = handler.Places(handler.FIRST_READERS)
+    for path in paths:
+        handler.read_ahead(path, readers)
+    return readers
 
 
 # --- the engine

@@ -919,7 +919,9 @@ MORE = dict(
         spoiled("no tensors", lambda _: {}),
         spoiled("up alone", without("lora_down.weight")),
         spoiled("peft half", without("lora_B.weight"), "peft"),
-        spoiled("unknown component", lambda t: {n.replace("unet.", "transformer."): v for n, v in t.items()}, "peft"),
+        spoiled(
+            "unknown component", lambda t: {n.replace("unet.", "transformer."): t[n] for n in t if "unet." in n}, "peft"
+        ),
         spoiled("bias of up", lambda t: t | {f"{first_layer(t)}.lora_B.bias": np.ones(4, np.float16)}, "peft"),
         spoiled("two kinds", lambda t: t | {f"{first_layer(t)}.diff": np.ones((4, 4), np.float16)}),
         spoiled("other ranks", lambda t: t | {f"{first_layer(t)}.lora_down.weight": np.ones((3, 32), np.float16)}),

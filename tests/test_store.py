@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import seams
 from civitai_server import CivitaiServer, Fault, sha256
-from test_downloads import KEY, MIB, TESTS, leftovers, write_model
+from test_downloads import KEY, MIB, TESTS, civitai_url, leftovers, write_model
 
 import handler
 
@@ -41,7 +41,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiS
 
 
 def config(version: int = 135867, **extra: object) -> dict:
-    return {"name": "Detail", "url": handler.civitai_url(version), "filename": "detail.safetensors", **extra}
+    return {"name": "Detail", "url": civitai_url(version), "filename": "detail.safetensors", **extra}
 
 
 # all files
@@ -50,7 +50,6 @@ def config(version: int = 135867, **extra: object) -> dict:
 def test_all_files_side_by_side(server, tmp_path):
     """setup_models fetches checkpoint and LoRAs at the same time, each into its folder, under its adapter name."""
     server.rate = 200_000
-    started = time.monotonic()
     checkpoint, loras = handler.setup_models()
     assert checkpoint == tmp_path / "models" / "checkpoints" / "civitai_1.safetensors"
     folder = tmp_path / "models" / "loras"
@@ -58,8 +57,7 @@ def test_all_files_side_by_side(server, tmp_path):
     assert loras == {name: folder / f"{name}.safetensors" for name in names}
     for version, path in zip([1, *IDS[:2]], [checkpoint, *loras.values()], strict=True):
         assert path.read_bytes() == server.files[version].read_bytes()
-    first = {version: server.requests_of("cdn", version)[0].started - started for version in server.files}
-    assert max(first.values()) - min(first.values()) < 1
+    assert server.peak > 5  # one file has no more segments
 
 
 def test_lora_that_cannot_be_had(server):
@@ -81,11 +79,11 @@ def test_checkpoint_that_cannot_be_had(server):
 # what is in place
 
 WARM_START = """
-import sys, socket
+import hashlib, sys, socket
 opened = []
 sys.addaudithook(lambda event, args: opened.append(event) if event in ("socket.connect", "socket.getaddrinfo") else 0)
 import handler
-handler.hashlib.file_digest = None  # hashing would fail
+hashlib.file_digest = None  # hashing would fail
 checkpoint, loras = handler.setup_models()
 print(len(loras), opened)
 """
@@ -191,12 +189,11 @@ def test_damaged_record(server, tmp_path, record):
 def test_read_ahead(tmp_path):
     """Reading ahead brings every byte of the files into the page cache."""
     paths = [write_model(tmp_path / f"{size}.safetensors", size * MIB) for size in (70, 3)]
-    ahead = seams.read_ahead()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        ahead.add(path)
+    seams.read_ahead(*paths)
     deadline = time.monotonic() + 20
     for path in paths:
         with path.open("rb") as file:
@@ -205,33 +202,28 @@ def test_read_ahead(tmp_path):
                 time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("slow_s", "readers"), [(60, 2), (0.01, 8)])
-def test_readers(tmp_path, monkeypatch, slow_s, readers):
-    """Two read ahead on a fast disk, eight where every read waits for a server; none stays when all is read."""
-    seams.tune(monkeypatch, READ_BYTES=MIB)
-    seams.tune(monkeypatch, SLOW_READ_S=slow_s)
-    now = most = 0
-    lock = threading.Lock()
+@pytest.mark.parametrize(("slow_s", "most"), [(60, 2), (0.0, 8)])
+def test_readers(tmp_path, monkeypatch, slow_s, most):
+    """Two read ahead on a fast disk, eight where every read waits for a server; all is read."""
+    seams.tune(monkeypatch, READ_BYTES=MIB, SLOW_READ_S=slow_s)
+    now, seen, read, lock = 0, 0, 0, threading.Lock()
 
     def preadv(_descriptor: int, _buffers: list, _offset: int, flags: int = 0) -> int:
-        nonlocal now, most
+        nonlocal now, seen, read
         if flags == os.RWF_NOWAIT:
             raise BlockingIOError  # nothing is in the page cache
         with lock:
-            now, most = now + 1, max(most, now + 1)
+            now, seen = now + 1, max(seen, now + 1)
         time.sleep(0.02)
         with lock:
-            now -= 1
+            now, read = now - 1, read + 1
         return MIB
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = seams.read_ahead()
-    for i in range(3):
-        ahead.add(write_model(tmp_path / f"{i}.safetensors", 20 * MIB))
-    while ahead.readers:
+    seams.read_ahead(*(write_model(tmp_path / f"{i}.safetensors", 20 * MIB) for i in range(3)))
+    while read < 3 * 21:
         time.sleep(0.01)
-    assert not ahead.todo
-    assert most == readers
+    assert seen == most
 
 
 def is_cached(descriptor: int, offset: int) -> bool:
@@ -256,9 +248,8 @@ def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    ahead = seams.read_ahead()
-    ahead.add(write_model(tmp_path / "a.safetensors", 20 * MIB))
-    while ahead.readers:
+    seams.read_ahead(write_model(tmp_path / "a.safetensors", 20 * MIB))
+    while len(read) < 17:
         time.sleep(0.01)
     assert sorted(read) == list(range(4 * MIB, 21 * MIB, MIB))
     assert "cannot be read ahead" in caplog.text
@@ -280,6 +271,14 @@ def test_no_room_for_all(server, tmp_path, monkeypatch):
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
+def test_store_that_cannot_be_made(server, monkeypatch):
+    """A start whose store cannot be written says which setting names it."""
+    monkeypatch.setenv("MODEL_CACHE_DIR", "/proc/store")
+    with pytest.raises(handler.DownloadError, match="MODEL_CACHE_DIR") as caught:
+        handler.setup_models()
+    assert "/proc" not in str(caught.value)
+
+
 # what nobody resumes
 
 
@@ -292,23 +291,24 @@ def test_sweep(server, tmp_path, owner, name):
     folder.mkdir(parents=True)
     if name.startswith("detail"):
         shutil.copy(server.files[135867], folder / name)
-    owners = {"ended here": seams.dead_owner(), "given up": "free-0-abcdef01"}
-    left = [folder / f".{name}.{owners.get(owner, ELSEWHERE)}.{kind}" for kind in ("part", "journal")]
+    left = [folder / f".{name}.{'ab' * 8}.{kind}" for kind in ("part", "journal")]
     left.append(folder / f".{name}.lock")
     for file in left:
-        file.write_text(f"{owners.get(owner, ELSEWHERE)} 5")
+        file.write_text(f"{seams.dead_owner() if owner == 'ended here' else ELSEWHERE} 5")
         if owner == "silent elsewhere":
             os.utime(file, (time.time() - 90_000,) * 2)
+    if owner == "given up":
+        left.pop().unlink()
     seams.sweep()
     swept = owner in ("ended here", "silent elsewhere")
-    assert [file.exists() for file in left] == [not swept] * 3
+    assert [file.exists() for file in left] == [not swept] * len(left)
 
 
 def test_sweep_keeps_what_is_resumed(server, tmp_path):
     """The part of a configured model that is missing is kept for its download, however old it is."""
     folder = tmp_path / "models" / "checkpoints"
     folder.mkdir(parents=True)
-    part = folder / f".civitai_1.safetensors.{seams.dead_owner()}.part"
+    part = folder / f".civitai_1.safetensors.{'ab' * 8}.part"
     part.write_bytes(b"x")
     seams.sweep()
     assert part.exists()
@@ -328,7 +328,7 @@ def test_another_checkpoint(server, tmp_path, monkeypatch):
 # workers that are killed, and many at once: real processes, forked from one that has its imports
 
 FORKER = """
-import json, os, signal, sys, time
+import json, logging, os, signal, sys, time
 from pathlib import Path
 import handler, requests, safetensors, tqdm
 job = json.loads(sys.argv[1])
@@ -337,7 +337,7 @@ for name, value in job["constants"].items():
 if not job["locks"]:  # a file system where O_EXCL silently does nothing
     real = os.open
     os.open = lambda path, flags, *rest, **more: real(path, flags & ~os.O_EXCL, *rest, **more)
-handler.configure_logging()
+logging.basicConfig(level=logging.INFO)
 def start(folder):
     child = os.fork()
     if child == 0:
@@ -433,6 +433,7 @@ ELSEWHERE = "0123456789ab-77-abcdef01"  # a worker on another machine
 def make_lock(folder: Path, owner: str = ELSEWHERE, mtime: float | None = None) -> Path:
     folder.mkdir(exist_ok=True)
     lock = folder / ".detail.safetensors.lock"
+    lock.unlink(missing_ok=True)  # a worker that writes its beat into the one before shall not write into this one
     lock.write_text(f"{owner} 5")
     if mtime is not None:
         os.utime(lock, (mtime, mtime))
@@ -450,14 +451,16 @@ def test_a_dead_worker_blocks_nobody_for_a_minute():
     assert seams.constant("LOCK_BEAT_S") * 4 < seams.constant("LOCK_DEAD_S")
 
 
-@pytest.mark.parametrize("skew_s", [-1e6, 0, 1e6])
-def test_dead_lock(server, tmp_path, hurry, skew_s):
+def test_dead_lock(server, tmp_path, hurry):
     """The lock of a dead worker elsewhere is taken over after LOCK_DEAD_S, whatever the file server's clock says."""
-    make_lock(tmp_path / "store", mtime=time.time() + skew_s)
-    started = time.monotonic()
-    handler.ensure_model_exists(config(), tmp_path / "store")
-    assert seams.constant("LOCK_DEAD_S") < time.monotonic() - started < seams.constant("LOCK_DEAD_S") + 3
-    assert leftovers(tmp_path) == []
+    started, fetching = time.monotonic(), []
+    for skew_s in (-1e6, 0, 1e6):
+        folder = tmp_path / f"store{skew_s}"
+        make_lock(folder, mtime=time.time() + skew_s)
+        fetching.append(seams.in_background(handler.ensure_model_exists, config(), folder))
+    assert all(future.result(60).exists() for future in fetching)
+    assert time.monotonic() - started > seams.constant("LOCK_DEAD_S")
+    assert not list(tmp_path.glob("store*/.*.lock"))
 
 
 def test_living_lock(server, tmp_path, hurry):
@@ -491,7 +494,7 @@ def fail_beats(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 def test_beat_that_fails_for_a_while(server, tmp_path, hurry, monkeypatch, caplog):
     """A live lock whose beat cannot be written for a while is not taken over; the log says so once."""
     fail_beats(monkeypatch, times=4)
-    server.faults[135867] = [Fault("cdn"), Fault("cdn", delay_s=2.5)]
+    server.faults[135867] = [Fault("cdn"), Fault("cdn", delay_s=3.5)]
     store = tmp_path / "store"
     workers = [seams.in_background(handler.ensure_model_exists, config(), store) for _ in range(2)]
     assert {worker.result(60) for worker in workers} == {store / "detail.safetensors"}
@@ -526,7 +529,7 @@ def test_lock_of_a_gone_process(server, tmp_path):
     make_lock(tmp_path / "store", f"{seams.machine()}-{ended.pid}-abcdef01")
     started = time.monotonic()
     handler.ensure_model_exists(config(), tmp_path / "store")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < seams.constant("LOCK_DEAD_S")
 
 
 def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
@@ -536,11 +539,10 @@ def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
     play((tmp_path / "store", 1, 0.4))
     before = sent(server)
     assert before > MIB
-    for file in (tmp_path / "store").iterdir():
-        name = file.name.split(".")
-        if name[-1] in ("part", "journal"):
-            name[-2] = ELSEWHERE
-            file.rename(file.with_name(".".join(name)))
+    (journal,) = (tmp_path / "store").glob("*.journal")
+    journal.write_bytes(
+        journal.read_bytes().replace(seams.machine().encode(), b"0123456789ab".ljust(len(seams.machine())))
+    )
     make_lock(tmp_path / "store")
     handler.ensure_model_exists(config(), tmp_path / "store")
     assert sent(server) < 1.1 * origin.stat().st_size
@@ -548,7 +550,7 @@ def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
 
 
 @pytest.mark.parametrize("hashed", [True, False], ids=["hash known", "no hash"])
-def test_part_of_another_machine(server, tmp_path, hashed):
+def test_part_of_another_machine(server, tmp_path, hurry, hashed):
     """What came on another machine, or before this one crashed, counts only where a hash can find lost writes; what
     came on this one counts without, too."""
     server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
@@ -559,7 +561,9 @@ def test_part_of_another_machine(server, tmp_path, hashed):
         play((store, 1, 0.4))
         (journal,) = store.glob("*.journal")
         if where == "elsewhere":
-            journal.write_bytes(journal.read_bytes().replace(seams.machine().encode(), b"0123456789ab", 1))
+            journal.write_bytes(
+                journal.read_bytes().replace(seams.machine().encode(), b"0123456789ab".ljust(len(seams.machine())))
+            )
         server.rate = None
         server.faults[135867] = [] if hashed else [Fault("info", status=404, times=-1)]
         path = handler.ensure_model_exists(config(), store)
@@ -567,7 +571,7 @@ def test_part_of_another_machine(server, tmp_path, hashed):
         assert (sent(server) < 1.1 * origin.stat().st_size) == (hashed or where == "here")
 
 
-def test_part_of_another_file(server, tmp_path):
+def test_part_of_another_file(server, tmp_path, hurry):
     """What is left of a file that has changed since is not mixed into it, but deleted."""
     server.files[135867] = write_model(tmp_path / "old.origin", 4 * MIB)
     server.rate = MIB
@@ -582,17 +586,14 @@ def test_part_of_another_file(server, tmp_path):
 
 def test_leftovers_without_their_other_half(server, tmp_path):
     """A part without its journal, a journal without its part and a record half written are deleted."""
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    owner = f"{seams.machine()}-{ended.pid}-abcdef0"
     (tmp_path / "store").mkdir()
     for n, kind in enumerate(["part", "journal"]):
-        (tmp_path / "store" / f".detail.safetensors.{owner}{n}.{kind}").write_bytes(b"{")
+        (tmp_path / "store" / f".detail.safetensors.{str(n) * 16}.{kind}").write_bytes(b"{")
     handler.ensure_model_exists(config(), tmp_path / "store")
     assert sorted(file.name for file in (tmp_path / "store").iterdir()) == DONE
 
 
-def test_lost_writes(server, tmp_path):
+def test_lost_writes(server, tmp_path, hurry):
     """A part whose bytes were lost, as in a crash of the machine, is found out by its hash and fetched again."""
     server.rate = MIB
     play((tmp_path / "store", 1, 0.3))
@@ -603,7 +604,7 @@ def test_lost_writes(server, tmp_path):
     assert path.read_bytes() == server.files[135867].read_bytes()
 
 
-def test_torn_journal(server, tmp_path):
+def test_torn_journal(server, tmp_path, hurry):
     """A journal that ends in the middle of an entry is read up to there."""
     server.rate = MIB
     play((tmp_path / "store", 1, 0.3))
