@@ -36,6 +36,7 @@ import hashlib
 import heapq
 import importlib
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -46,6 +47,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import struct
 import sys
 import tempfile
@@ -57,13 +59,14 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, M
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from http.client import HTTPException
 from itertools import accumulate, chain, count, islice, pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 
 class Lazy:
@@ -366,6 +369,12 @@ class SetupFailed(WorkerError):
 
 class DownloadError(SetupFailed):
     """A model file could not be fetched, or what came is not the file."""
+
+
+class DownloadFailed(WorkerError):
+    """What a job names by its address cannot be had; the worker stays usable."""
+
+    code = "DOWNLOAD_FAILED"
 
 
 class OutOfMemory(WorkerError):
@@ -1522,46 +1531,104 @@ def compile_unet(pipe: Any, backend: str = "inductor") -> None:
         raise SetupFailed("torch.compile failed on this machine: unset TORCH_COMPILE", detail=error) from error
 
 
-def decode(pipe: Any, latents: Any) -> list[Any]:
-    """Latents (n, 4, h/8, w/8) -> n PIL images.
+# latents to and from pixels; a latent stands for 8 x 8 of them
 
-    An image with NaN or nothing but black is decoded again in float32: fp16 VAEs overflow on some latents, and
-    diffusers would return the black image with a RuntimeWarning only. Raises GenerationFailed where it stays so.
-    """
-    vae = pipe.vae
-    vae.use_slicing = len(latents) > 1
-    vae.enable_tiling(latents[0, 0].numel() * pipe.vae_scale_factor**2 > UNTILED_PIXELS)
-    pixels = decode_pixels(pipe, latents)
-    bad = is_black(pixels)
-    if bad.any():
-        log.warning("%d of %d images came out black: decoding again in float32", bad.sum(), len(bad))
-        dtype = vae.dtype
-        try:
-            vae.to(torch.float32)  # inside: without memory it ends half-way
-            pixels[bad] = decode_pixels(pipe, latents[bad])
-        finally:
-            vae.to(dtype)  # float16 -> float32 -> float16 loses nothing
-        if is_black(pixels).any():
-            raise GenerationFailed("the image came out black or with NaN, in float32 too: try another seed or prompt")
+# the modes of torch's interpolate, and whether it smooths before it makes smaller; None goes by way of pixels
+UPSCALERS: dict[str, tuple[str, bool] | None] = {
+    "latent": ("bilinear", False),
+    "latent (antialiased)": ("bilinear", True),
+    "latent (bicubic)": ("bicubic", False),
+    "latent (bicubic antialiased)": ("bicubic", True),
+    "latent (nearest)": ("nearest", False),
+    "latent (nearest-exact)": ("nearest-exact", False),
+    "lanczos": None,
+}
+
+
+def decode(pipe: Any, latents: Any) -> list[Any]:
+    """Latents (n, 4, h/8, w/8) -> n PIL images. Raises GenerationFailed where one stays black."""
+    area = latents[0, 0].numel() * pipe.vae_scale_factor**2
+    pixels = through_vae(pipe, "decoding", decode_pixels, latents, area, is_black)
     pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (n, height, width, 3)
     return [Image.fromarray(image) for image in pixels]
 
 
+def encode(pipe: Any, images: list[Any]) -> Any:
+    """n PIL images of one size -> float32 latents (n, 4, h/8, w/8). Raises GenerationFailed where they stay NaN."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (n, h, w, 3)
+    pixels = pixels.to(pipe._execution_device).permute(0, 3, 1, 2).float() / 255
+    return through_vae(pipe, "encoding", encode_pixels, pixels, pixels[0, 0].numel(), has_nan)
+
+
+def enlarge(pipe: Any, latents: Any, width: int, height: int, upscaler: str) -> Any:
+    """Latents (n, 4, …) as those of pictures of width x height pixels, by one of UPSCALERS."""
+    if UPSCALERS[upscaler] is None:
+        images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in decode(pipe, latents)]
+        return encode(pipe, images)
+    mode, antialias = UPSCALERS[upscaler]
+    return torch.nn.functional.interpolate(latents, (height // 8, width // 8), mode=mode, antialias=antialias)
+
+
+def through_vae(
+    pipe: Any, doing: str, convert: Callable[[Any, Any], Any], batch: Any, area: int, is_bad: Callable[[Any], Any]
+) -> Any:
+    """convert(pipe, batch), one picture of `area` pixels after the other, large ones in tiles.
+
+    What is bad of the result, (n,) by is_bad, is converted again in float32: fp16 VAEs overflow on some pictures, and
+    diffusers would return a black image with a RuntimeWarning only. Raises GenerationFailed where it stays so.
+    """
+    vae = pipe.vae
+    vae.use_slicing = len(batch) > 1
+    vae.enable_tiling(area > UNTILED_PIXELS)
+    result = convert(pipe, batch)
+    bad = is_bad(result)
+    if bad.any():
+        log.warning("%d of %d images came out black: %s again in float32", bad.sum(), len(bad), doing)
+        dtype = vae.dtype
+        try:
+            vae.to(torch.float32)  # inside: without memory it ends half-way
+            result[bad] = convert(pipe, batch[bad])
+        finally:
+            vae.to(dtype)  # float16 -> float32 -> float16 loses nothing
+        if is_bad(result).any():
+            raise GenerationFailed(
+                "the image came out black or with NaN, in float32 too: try another seed, prompt or picture"
+            )
+    return result
+
+
 def decode_pixels(pipe: Any, latents: Any) -> Any:
     """Latents (n, 4, h/8, w/8) -> float32 pixels (n, 3, h, w) in 0..1, NaN kept."""
-    config = pipe.vae.config
-    latents = latents.to(pipe.vae.dtype) / config.scaling_factor
-    if config.get("latents_mean") and config.get("latents_std"):
-        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
-        latents = latents * std + mean
-    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    mean, scale = latent_scale(pipe.vae, latents)
+    pixels = pipe.vae.decode((latents / scale + mean).to(pipe.vae.dtype), return_dict=False)[0]
     pixels = pixels.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)  # the clamp to 0..1 would hide overflow
     return pipe.image_processor.denormalize(pixels).float()
+
+
+def encode_pixels(pipe: Any, pixels: Any) -> Any:
+    """Float32 pixels (n, 3, h, w) in 0..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
+    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode().float()
+    mean, scale = latent_scale(pipe.vae, coded)
+    return (coded - mean) * scale
+
+
+def latent_scale(vae: Any, like: Any) -> tuple[Any, Any]:
+    """mean and scale: latents are (what the VAE codes - mean) · scale; numbers, or (1, 4, 1, 1) on like's device."""
+    config = vae.config
+    if not (config.get("latents_mean") and config.get("latents_std")):
+        return 0.0, config.scaling_factor
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(like) for key in ("latents_mean", "latents_std"))
+    return mean, config.scaling_factor / std
 
 
 def is_black(pixels: Any) -> Any:
     """Per image of (n, 3, h, w): whether it holds NaN, or nothing that would show."""
     return ~(pixels.flatten(1).amax(1) >= 0.5 / 255)  # NaN compares false, and amax hands it on
+
+
+def has_nan(latents: Any) -> Any:
+    """Per picture of (n, 4, h, w)."""
+    return ~latents.isfinite().flatten(1).all(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2911,6 +2978,10 @@ DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
     "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
+# those that begin with noise alone, and what comes nearest for image and hires
+NOISE_ONLY = {"UniPC": "DPM++ 2M", "DEIS": "DPM++ 2M", "PLMS": "LMS", "PNDM": "LMS", "DDIM": "DDIM Uniform"}
+NOISE_ONLY |= dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep"), "DPM++ 2M")
+NOISE_ONLY |= {"K_EULER": "Euler", "K_EULER_ANCESTRAL": "Euler a"}
 # samplers of A1111 and of the official worker that are not here, and what comes nearest
 NOT_HERE = {"DPM fast": "DPM++ 2M", "DPM adaptive": "DPM++ 2M Karras", "Restart": "Heun Karras", "KLMS": "LMS"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
@@ -3094,13 +3165,16 @@ def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tupl
 
 
 class Scheduler:
-    """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
-
-    A pass that begins in mid-schedule is sigmas[k:] to the sampler; a mask belongs on denoised in `step`.
-    """
+    """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one. Runs the last `run`
+    of a schedule's steps, by default all."""
 
     def __init__(
-        self, sampling: Sampling, steps: int, prediction_type: str = "epsilon", zero_snr: bool = False
+        self,
+        sampling: Sampling,
+        steps: int,
+        prediction_type: str = "epsilon",
+        zero_snr: bool = False,
+        run: int | None = None,
     ) -> None:
         self.sampler, self.prediction_type = SAMPLERS[sampling.sampler], prediction_type
         levels = NoiseLevels.of_sdxl(self.sampler.every, zero_snr)
@@ -3108,12 +3182,16 @@ class Scheduler:
         self.sigmas = schedule(steps + self.sampler.drops_next_to_last, levels)
         if self.sampler.drops_next_to_last:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
+        self.span = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()  # of all steps, run or not
+        run = run or steps
+        self.sigmas = self.sigmas[-run - 1 :]
         first = self.sigmas[0]
         self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
         self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)
         self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
-        self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
+        self.order = max(1, round(len(self.timesteps) / run))  # network calls a step
         self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
+        self.keep: Callable[[Any], Any] = lambda denoised: denoised  # what a mask makes of it
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
         """Begins a run."""
@@ -3131,6 +3209,7 @@ class Scheduler:
             denoised = sample / (sigma**2 + 1) - model_output * (sigma / (sigma**2 + 1) ** 0.5)
         else:
             denoised = sample - model_output * sigma
+        denoised = self.keep(denoised)
         if self._running is None:
             self._running = self.sampler.run(sample, self.sigmas, lambda *_: next(self.noise))
             next(self._running)
@@ -3161,46 +3240,83 @@ def float32_outside(unet: Any) -> Iterator[None]:
         out_of.remove()
 
 
-def denoise(engine: Engine, request: JobRequest, conditioning: Conditioning, observer: Observer) -> Any:
-    """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch."""
+@dataclass(frozen=True)
+class Pass:
+    """One run of a sampler: the last `run` steps of a schedule of `steps`, from noise, or from latents with as much
+    noise on them as belongs there."""
+
+    width: int
+    height: int
+    steps: int
+    run: int
+    latents: Any = None  # float32 (n or 1, 4, height/8, width/8) to start from; None: noise alone
+    mask: Any = None  # bool (height/8, width/8): where they are drawn anew; None: everywhere
+
+
+def plan_passes(request: JobRequest) -> list[Pass]:
+    """The passes of a job, as A1111's setup_img2img_steps counts them; latents and masks are not there yet.
+
+    Of 24 steps at strength 0.75 the last 19 run; 24 hires steps at 0.5 are the last of a schedule of 48.
+    """
+    width, height, steps, hires = request.width, request.height, request.steps, request.hires
+    if request.image:
+        return [Pass(width, height, steps, int(min(request.strength, 0.999) * steps) + 1)]
+    passes = [Pass(width, height, steps, steps)]
+    if hires:
+        steps = hires.steps or steps
+        width, height = (int(side * hires.scale) // 8 * 8 for side in (width, height))
+        passes.append(Pass(width, height, int(steps / min(hires.strength, 0.999)), steps))
+    return passes
+
+
+def denoise(
+    engine: Engine, request: JobRequest, conditioning: Conditioning, stage: Pass, on_step: Callable[[int], None]
+) -> Any:
+    """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch.
+    on_step is told how many of the pass's steps were launched."""
     pipe, sampling, config = engine.pipe, read_sampling(request.scheduler), engine.scheduler_config
-    shape = (pipe.unet.config.in_channels, request.height // 8, request.width // 8)
+    shape = (pipe.unet.config.in_channels, stage.height // 8, stage.width // 8)
     streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
     latents = torch.stack([draw() for draw in streams])
     if request.eta_noise_seed_delta:
         streams = [normal_stream(request.rng, seed + request.eta_noise_seed_delta, shape) for seed in request.seeds]
 
     def on_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        observer.step((step + 1) * request.steps // pipe.num_timesteps, request.steps)  # Heun takes two a step
+        on_step((step + 1) * stage.run // pipe.num_timesteps)  # Heun takes two a step
         return {}
 
     with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe.unet):
         if sampling.schedule:
             zero_snr = config.get("rescale_betas_zero_snr", False)
-            scheduler = Scheduler(sampling, request.steps, config["prediction_type"], zero_snr)
+            scheduler = Scheduler(sampling, stage.steps, config["prediction_type"], zero_snr, stage.run)
             if scheduler.sampler.brownian:
-                ends = scheduler.sigmas[scheduler.sigmas > 0].min().item(), scheduler.sigmas.max().item()
-                images = [BrownianTree(request.rng, seed, *ends, shape).noise for seed in request.seeds]
+                images = [BrownianTree(request.rng, seed, *scheduler.span, shape).noise for seed in request.seeds]
             else:
                 images = [lambda *_, draw=draw: draw() for draw in streams]
             scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+            if stage.latents is not None:
+                latents = stage.latents + latents.to(stage.latents.device) * scheduler.sigmas[0]
+                scheduler.init_noise_sigma = 1.0
+            if stage.mask is not None:
+                scheduler.keep = lambda denoised: torch.where(stage.mask, denoised, stage.latents)
         else:
-            scheduler = build_diffusers_scheduler(sampling.sampler, config, request.steps)
+            scheduler = build_diffusers_scheduler(sampling.sampler, config, stage.steps)
         pipe.scheduler = scheduler
-        return pipe(
+        latents = pipe(
             prompt_embeds=conditioning.prompt_embeds,
             negative_prompt_embeds=conditioning.negative_prompt_embeds,
             pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
             negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.steps,
+            width=stage.width,
+            height=stage.height,
+            num_inference_steps=stage.run,
             guidance_scale=request.guidance_scale,
             num_images_per_prompt=request.num_images,
             latents=latents,
             callback_on_step_end=on_step_end,
             output_type="latent",
         ).images
+    return latents if stage.mask is None else torch.where(stage.mask, latents, stage.latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3218,6 +3334,138 @@ FALLING_QUALITIES = (95, 90, 80, 65, 50, 35, 20, 10, 5)
 EXIF_MAX_BYTES = 65_533  # what a JPEG marker holds
 TIMES_BYTES = 300  # of an answer's metadata: the seconds, which are known last
 LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
+
+
+# pictures that a job brings along
+
+MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, MIN_PICTURE_SIDE = 20 * MB, 32_000_000, 64
+PICTURE_S, MAX_REDIRECTS = 10, 3  # seconds for all that an address takes
+# what Python's is_global lets pass: multicast, IETF's own (Oracle's metadata service), tunnels to IPv4 (6to4, Teredo)
+NOT_PUBLIC = ("224.0.0.0/4", "192.0.0.0/24", "2002::/16", "2001::/32")
+DATA_URI = re.compile(r"\s*data:[^,]*;\s*base64\s*,", re.IGNORECASE)
+# what Pillow raises for broken files, and for headers of pictures too large
+PICTURE_FAULTS = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error)
+PICTURE_FAULTS += (EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a job brings along."""
+
+    pixels: Any  # PIL image, RGB
+    sha256: str  # of its file, by which a recipe tells it
+
+
+def read_picture(text: str, name: str) -> Picture:
+    """The PNG, JPEG or WebP file in base64, a data: URI or at an https address; name is the job's field. Nothing of the
+    text or the picture stands in an error. Raises InvalidInput, DownloadFailed."""
+    if text[:100].strip().lower().startswith("https:"):
+        data = fetch_picture(text.strip(), name)
+    else:
+        start = DATA_URI.match(text)
+        encoded = "".join(text[start.end() if start else 0 :].split())
+        try:
+            data = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+        except ValueError:
+            raise InvalidInput(f"{name} must be base64, a data: URI of base64, or an https address") from None
+    if len(data) > MAX_PICTURE_BYTES:
+        raise InvalidInput(f"{name} must have at most {MAX_PICTURE_BYTES / MB:g} MB, got {len(data) / MB:.1f} MB")
+    limits = f"with sides of at least {MIN_PICTURE_SIDE} and at most {MAX_PICTURE_PIXELS / 1e6:g} million pixels"
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))  # reads the header
+        if min(image.size) < MIN_PICTURE_SIDE or image.width * image.height > MAX_PICTURE_PIXELS:
+            raise InvalidInput(f"{name} must be a picture {limits}, got {image.width}x{image.height}")
+        pixels = as_rgb(ImageOps.exif_transpose(image))
+    except PICTURE_FAULTS:
+        raise InvalidInput(
+            f"{name} must be a whole PNG, JPEG or WebP picture {limits}: it is another file, or damaged or cut off"
+        ) from None
+    return Picture(pixels, hashlib.sha256(data).hexdigest())
+
+
+def as_rgb(image: Any) -> Any:
+    """A PIL image of any mode as RGB, its transparent parts on white."""
+    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def soft_mask(mask: Any, blur: int, size: tuple[int, int]) -> Any:
+    """A picture's mask as A1111 uses it: black and white alone, blurred, in the drawn picture's size."""
+    mask = mask.convert("L").point(lambda level: 255 * (level > 128)).filter(ImageFilter.GaussianBlur(blur))
+    return mask.resize(size, Image.Resampling.LANCZOS)
+
+
+def fetch_picture(url: str, name: str) -> bytes:
+    """The file at an https address. All of it takes PICTURE_S at most: looking names up, redirects, and servers that
+    send a byte a second. Raises InvalidInput for addresses that are not public, DownloadFailed."""
+    opened: list[Any] = []
+    try:
+        return in_background(follow_address, url, name, time.monotonic() + PICTURE_S, opened).result(PICTURE_S)
+    except TimeoutError:
+        for sock in opened:  # which ends the thread too
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        raise DownloadFailed(f"{name}: its address took longer than {PICTURE_S} s") from None
+    except (OSError, ValueError, HTTPException, urllib3.exceptions.HTTPError) as error:
+        raise DownloadFailed(f"{name}: its address cannot be had ({type(error).__name__})") from None
+
+
+def follow_address(url: str, name: str, until: float, opened: list[Any]) -> bytes:
+    """fetch_picture in its thread; opened gets the sockets, none after `until`. A name is looked up once, and the
+    connection goes to what was checked, by no proxy: the name stands in certificate and Host alone."""
+    for _ in range(MAX_REDIRECTS + 1):
+        try:
+            parts = urllib3.util.parse_url(url)
+        except urllib3.exceptions.LocationParseError:
+            parts = urllib3.util.Url()
+        if parts.scheme != "https" or not parts.host or parts.auth:
+            raise InvalidInput(f"{name} must be an https address without user name, and redirect to such alone")
+        host, port = parts.host.strip("[]"), parts.port or 443
+        address = public_address(host, port, name)
+        trust = {"server_hostname": host, "ca_certs": requests.certs.where(), "cert_reqs": "CERT_REQUIRED"}
+        left_s = max(until - time.monotonic(), 0.1)
+        connection = urllib3.connection.HTTPSConnection(address, port, timeout=left_s, **trust)
+        headers = {"Host": parts.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        try:
+            connection.connect()
+            opened.append(connection.sock)
+            if time.monotonic() > until:
+                raise TimeoutError
+            connection.request("GET", parts.request_uri, headers=headers, preload_content=False)
+            response = connection.getresponse()
+            if response.status == 200:
+                return response.read(MAX_PICTURE_BYTES + 1)
+            if response.status not in (301, 302, 303, 307, 308) or "location" not in response.headers:
+                raise DownloadFailed(f"{name}: its address answers with status {response.status}")
+            url = urljoin(url, response.headers["location"])
+        finally:
+            connection.close()
+    raise InvalidInput(f"{name} must be an address that redirects at most {MAX_REDIRECTS} times")
+
+
+def public_address(host: str, port: int, name: str) -> str:
+    """An IP address of the host, IPv4 if there is one. Raises InvalidInput where any of them is not public,
+    DownloadFailed where there is none."""
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except UnicodeError:
+        found = []
+    except OSError:
+        raise DownloadFailed(f"{name}: its host cannot be found") from None
+    if not found or not all(map(is_public, found)):
+        raise InvalidInput(f"{name} must be at a public address of the internet, which its host's is not")
+    return min(found, key=lambda address: ":" in address)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is of the public internet, and none of NOT_PUBLIC."""
+    ip = ipaddress.ip_address(address)
+    is_unicast = ip.version == 4 or ip in ipaddress.ip_network("2000::/3")
+    return ip.is_global and is_unicast and not any(ip in ipaddress.ip_network(network) for network in NOT_PUBLIC)
 
 
 # recipes
@@ -3291,6 +3539,7 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
         "Lora hashes": ", ".join(f"{lora.stem}: {lora.short_hash}" for lora in loras if lora.short_hash),
         "Emphasis": "No norm" if request.emphasis == "no norm" else "",
         "RNG": "CPU" if request.rng == "cpu" else "",
+        **picture_keys(request),
         "Long prompt": "" if request.long_prompt == "concat" else request.long_prompt,
         "Version": RECIPE_VERSION,
     }
@@ -3315,6 +3564,45 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
             exact = re.sub(r"[,:]|[^\S ]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(prompt, ensure_ascii=False))
             details.append(f"{name}: {exact}")
     return (text + ", ".join(details)).strip()
+
+
+def picture_keys(request: JobRequest) -> dict[str, Any]:
+    """What a recipe says of the picture that a job began with and of hires, in A1111's words."""
+    keys: dict[str, Any] = {}
+    if hires := request.hires:
+        keys |= {
+            "Denoising strength": hires.strength,
+            "Hires upscale": repr(hires.scale).removesuffix(".0"),
+            "Hires steps": hires.steps or "",
+        }
+        keys["Hires upscaler"] = hires.upscaler.capitalize()
+    if request.image:
+        keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.sha256}
+    if request.mask:
+        keys |= {"Mask blur": request.mask_blur, "Mask SHA256": request.mask.sha256}
+    return keys
+
+
+def read_picture_keys(keys: dict[str, str], warnings: list[str]) -> dict[str, tuple[str, Any]]:
+    """The job's fields that picture_keys' keys, which it takes, stand for; of the pictures image_sha256 and
+    mask_sha256."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name in ("Image SHA256", "Mask SHA256"):
+        if name in keys:
+            found[name.lower().replace(" ", "_")] = name, keys.pop(name)
+    numbers = {"Mask blur": "mask_blur"} | ({} if "Hires upscale" in keys else {"Denoising strength": "strength"})
+    found |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
+    if "Hires upscale" not in keys:
+        return found
+    hires = {"Hires upscale": "scale", "Denoising strength": "strength", "Hires steps": "steps"}
+    values = {field: as_number(keys.pop(key)) for key, field in hires.items() if key in keys}
+    upscaler = keys.pop("Hires upscaler", "Latent")
+    values["upscaler"] = upscaler.lower()
+    if values["upscaler"] not in UPSCALERS:
+        if upscaler != "None":  # which is A1111's word for Lanczos here
+            warnings.append(f"the recipe's Hires upscaler {shown(upscaler)} is not here: lanczos was taken")
+        values["upscaler"] = "lanczos"
+    return found | {"hires": ("Hires", values)}
 
 
 def quote(value: str) -> str:
@@ -3413,7 +3701,8 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
             if schedule:
                 warnings.append(f"the recipe's Schedule type {shown(schedule)} is not here for {shown(sampler)}")
         fields["scheduler"] = "Sampler", sampler
-    # 4. the rest
+    # 4. pictures and the rest
+    fields |= read_picture_keys(keys, warnings)
     if keys:
         rest = ", ".join(f"{key} {shown(value)}" if value else shown(key) for key, value in keys.items())
         warnings.append(f"of the recipe, this worker leaves out: {rest}")
@@ -3662,6 +3951,8 @@ def s3_client(bucket: Bucket) -> Any:
 
 MAX_PROMPT, MAX_RECIPE = 10_000, 30_000  # characters
 MAX_SEED = 2**32
+SIDES = 256, 2048  # pixels
+MAX_HIRES_SIDE, MAX_HIRES_SCHEDULE = 4096, 999  # pixels; steps: the network knows 1,000 levels of noise
 REQUIRED = object()
 
 
@@ -3754,6 +4045,40 @@ def sampler_name(name: str, value: Any) -> str:
     return str(read_sampling(value, field=name))
 
 
+def strength_above_0(name: str, value: Any) -> float:
+    """A strength: how much of the noise a picture gets, up to 1."""
+    if (strength := number(0, 1)(name, value)) == 0:
+        raise InvalidInput(f"{name} must be above 0, got {shown(value)}")
+    return strength
+
+
+def picture_text(name: str, value: Any) -> str | None:
+    """A picture's text, not read yet; null is none. Quotes nothing of it."""
+    if value is not None and not isinstance(value, str):
+        raise InvalidInput(f"{name} must be text: base64, a data: URI or an https address")
+    return value
+
+
+def or_null(check: Check) -> Check:
+    """What check takes, or null."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def hires_pass(name: str, value: Any) -> Hires:
+    """{"scale": 2} -> Hires(2.0, 0.5, 0, "latent")."""
+    if not isinstance(value, dict):
+        raise InvalidInput(
+            f'{name} must be an object such as {{"scale": 1.5, "upscaler": "latent"}}, got {shown(value)}'
+        )
+    declared = {spec.name: spec.metadata for spec in fields(Hires)}
+    refuse_unknown(value, declared, f"{name}: ")
+    if "scale" not in value:
+        raise InvalidInput(f"{name}.scale is required")
+    return Hires(
+        **{key: spec["check"](f"{name}.{key}", value.get(key, spec["default"])) for key, spec in declared.items()}
+    )
+
+
 def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
     """[{"name": "a"}] -> [("a", None)], None for the configured scale; null -> None, the configured stack."""
     if value is None:
@@ -3781,13 +4106,23 @@ def job_field(check: Check, default: Any = REQUIRED, also: tuple[str, ...] = (),
 
 
 @dataclass(frozen=True)
+class Hires:
+    """A job's second pass, as its field `hires` has it."""
+
+    scale: float = job_field(number(1, 4))
+    strength: float = job_field(strength_above_0, 0.5)
+    steps: int = job_field(number(0, 150, whole=True), 0)  # 0: as the first pass
+    upscaler: str = job_field(one_of(UPSCALERS), "latent")
+
+
+@dataclass(frozen=True)
 class JobRequest:
     """A job's input, checked. Here a field is declared; parse() reads it, the README's table explains it."""
 
     prompt: str = job_field(text_of(1, MAX_PROMPT))
     negative_prompt: str = job_field(text_of(0, MAX_PROMPT), "")
-    width: int = job_field(number(256, 2048, whole=True, multiple_of=8), 1024)
-    height: int = job_field(number(256, 2048, whole=True, multiple_of=8), 1024)
+    width: int = job_field(number(*SIDES, whole=True, multiple_of=8), 1024)  # with an image its own
+    height: int = job_field(number(*SIDES, whole=True, multiple_of=8), 1024)
     steps: int = job_field(number(1, 150, whole=True), 24, also=("num_inference_steps",))
     guidance_scale: float = job_field(number(1, 30), 4.5, also=("cfg_scale",))
     seed: int = job_field(seed_or_random, None, answered=False)  # the answer has one for each image
@@ -3798,7 +4133,12 @@ class JobRequest:
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
     eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
-    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included  # noqa: RUF009
+    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
+    image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
+    strength: float | None = job_field(or_null(strength_above_0), None, also=("denoising_strength",))  # None: no image
+    mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
+    mask_blur: int = job_field(number(0, 64, whole=True), 4, answered=False)
+    hires: Hires | None = job_field(or_null(hires_pass), None)
     image_format: str = job_field(one_of(ENCODINGS), "png")
     embed_metadata: bool = job_field(true_or_false, True, answered=False)
     warnings: tuple[str, ...] = ()
@@ -3820,20 +4160,25 @@ class JobRequest:
         recipe: dict[str, tuple[str, Any]] = {}
         if "parameters" in given:
             recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
+            pictured = any(given.get(name) is not None for name in ("image", *declared["image"]["also"]))
+            for name in [name for name in (("hires",) if pictured else ("strength", "mask_blur")) if name in recipe]:
+                why = "does not go with image" if pictured else "goes with image alone"
+                warnings.append(f"the recipe's {recipe.pop(name)[0]} is left out: it {why}")
         values: dict[str, Any] = {}
+        called: dict[str, str] = {}  # field -> as the job calls it
         for name, spec in declared.items():
             names = [key for key in (name, *spec["also"]) if key in given]
             if len(names) > 1:
                 raise InvalidInput(f"{names[0]} and {names[1]} are the same field: give one of them")
             if names:
-                values[name] = spec["check"](names[0], given[names[0]])
+                called[name], value = names[0], given[names[0]]
             elif name in recipe:
-                key, value = recipe[name]
-                values[name] = spec["check"](f"parameters: {key}", value)
+                called[name], value = f"parameters: {recipe[name][0]}", recipe[name][1]
             elif spec["default"] is REQUIRED:
                 raise InvalidInput(f"{name} is required")
             else:
-                values[name] = spec["check"](name, spec["default"])
+                value = spec["default"]
+            values[name] = spec["check"](called.get(name, name), value)
         # 2. prompts
         for name in ("prompt", "negative_prompt"):
             clean = well_formed(values[name])
@@ -3850,6 +4195,14 @@ class JobRequest:
                 warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
         # 3. LoRAs
         values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings)
+        # 4. pictures, last: their addresses take time
+        check_passes(values, called)
+        if values["image"] is not None:
+            read_pictures(values, called)
+            for name in ("image", "mask"):
+                key, noted = recipe.get(f"{name}_sha256", ("", None))
+                if noted and (values[name] is None or values[name].sha256 != noted):
+                    warnings.append(f"the recipe was made with another {name}: its {key} is {shown(noted)}")
         return cls(**values, warnings=tuple(warnings))
 
     @property
@@ -3859,7 +4212,58 @@ class JobRequest:
 
     def described(self) -> dict[str, Any]:
         """What the answer's metadata repeats of the input."""
-        return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
+        answered = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
+        if self.hires:
+            answered["hires"] = vars(self.hires)
+        return {name: value for name, value in answered.items() if value is not None}
+
+
+def check_passes(values: Mapping[str, Any], called: Mapping[str, str]) -> None:
+    """Raises InvalidInput for fields of pictures and hires that do not go together. called: the names that they were
+    given under."""
+    pictured, hires, sampling = values["image"] is not None, values["hires"], read_sampling(values["scheduler"])
+    for name in ("strength", "mask"):
+        if values[name] is not None and not pictured:
+            raise InvalidInput(f"{called[name]} goes with image alone: give an image, or leave it out")
+    if hires and pictured:
+        raise InvalidInput("hires does not go with image: give one of them")
+    if (hires or pictured) and (not sampling.schedule or sampling.sampler.startswith("K_")):
+        instead = NOISE_ONLY[sampling.sampler]
+        raise InvalidInput(f'scheduler "{sampling}" cannot be used with image or hires; nearest: "{instead}"')
+    if not hires:
+        return
+    last = plan_passes(JobRequest(**values))[-1]
+    if max(last.width, last.height) > MAX_HIRES_SIDE:
+        sides = f"{last.width}x{last.height}"
+        raise InvalidInput(f"hires.scale must lead to sides of at most {MAX_HIRES_SIDE:,}, got {sides}")
+    if last.steps > MAX_HIRES_SCHEDULE:
+        raise InvalidInput(
+            f"hires.strength must lead to a schedule of at most {MAX_HIRES_SCHEDULE} steps, "
+            f"got {last.run} / {hires.strength:g}"
+        )
+
+
+def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
+    """Image and mask in the job's size, by default the image's own: scaled in its shape until its sides are within
+    limits, then to multiples of 8. Changes values. Raises InvalidInput, DownloadFailed."""
+    image = read_picture(values["image"], called["image"])
+    size = image.pixels.size
+    mask = None if values["mask"] is None else read_picture(values["mask"], called["mask"])
+    if mask and mask.pixels.size != size:
+        sides, wanted = ("{}x{}".format(*picture.pixels.size) for picture in (mask, image))
+        raise InvalidInput(f"{called['mask']} must have the image's size, {wanted}, got {sides}")
+    low, high = SIDES
+    if not {"width", "height"} <= called.keys() and max(size) * low > min(size) * high:
+        raise InvalidInput(f"an image of {size[0]}x{size[1]} is too long for a size of its own: give width and height")
+    scale = min(max(1, low / min(size)), high / max(size))
+    for name, side in zip(("width", "height"), size, strict=True):
+        if name not in called:
+            values[name] = int(side * scale / 8 + 0.5) * 8
+    size = values["width"], values["height"]
+    values["image"] = replace(image, pixels=image.pixels.resize(size, Image.Resampling.LANCZOS))
+    values["mask"] = mask and replace(mask, pixels=soft_mask(mask.pixels, values["mask_blur"], size))
+    if values["strength"] is None:
+        values["strength"] = 0.75
 
 
 def stack_names(settings: Settings) -> dict[str, str]:
@@ -4016,18 +4420,36 @@ def generate(
     engine: Engine, request: JobRequest, timings: Timings, observer: Observer
 ) -> tuple[list[Any], Conditioning]:
     """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
+    pipe = engine.pipe
     with timings("loras"):
         changed = engine.stack.apply(request.loras)
     if not changed:
         del timings.seconds["loras"]
     with timings("encode"):
         conditioning = engine.encoder.encode(request, stack=tuple(sorted(engine.stack.applied.items())))
+        latents = encode(pipe, [request.image.pixels]) if request.image else None
     observer.denoising()
+    mask = None
+    if request.mask:  # bool (h/8, w/8), half of white rounds up
+        mask = request.mask.pixels.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
+        mask = torch.from_numpy(np.asarray(mask) > 127).to(latents.device)
+    passes, done = plan_passes(request), 0
+    total = sum(stage.run for stage in passes)
     with timings("denoise"):
-        latents = denoise(engine, request, conditioning, observer)
+        for stage in passes:
+            if done:
+                latents = enlarge(pipe, latents, stage.width, stage.height, request.hires.upscaler)
+            stage = replace(stage, latents=latents, mask=mask)
+            latents = denoise(
+                engine, request, conditioning, stage, lambda step, done=done: observer.step(done + step, total)
+            )
+            done += stage.run
     with timings("decode"):
-        images = decode(engine.pipe, latents)
-        engine.pipe.maybe_free_model_hooks()
+        images = decode(pipe, latents)
+        pipe.maybe_free_model_hooks()
+        if request.mask:  # where the blurred mask is 0, the pixels are the picture's
+            drawn = request.mask.pixels.point(lambda level: min(2 * level, 255))
+            images = [Image.composite(image, request.image.pixels, drawn) for image in images]
     return images, conditioning
 
 

@@ -243,9 +243,10 @@ def formula_engine(network: Callable[[Any, Any], Any], **config: Any) -> Iterato
 
 
 def denoise(
-    engine: handler.Engine, name: str, steps: int, seeds: list[int], rng: str = "cpu", delta: int = 0
+    engine: handler.Engine, name: str, steps: int, seeds: list[int], rng: str = "cpu", delta: int = 0, **stage: Any
 ) -> torch.Tensor:
-    """The latents (n, 4, 8, 8) of the denoising loop, without guidance and on empty prompts."""
+    """The latents (n, 4, 8, 8) of the denoising loop, without guidance and on empty prompts. stage: what else is said
+    of the pass: run, latents, mask."""
     request = SimpleNamespace(scheduler=name, steps=steps, seeds=seeds, num_images=len(seeds), rng=rng)
     request.width = request.height = 64
     request.guidance_scale, request.eta_noise_seed_delta = 1.0, delta
@@ -253,7 +254,8 @@ def denoise(
     pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
     embeds = torch.zeros(1, 77, config.cross_attention_dim)
     conditioning = handler.Conditioning(embeds, None, pooled, None, 1, 0, ())
-    return handler.denoise(engine, request, conditioning, handler.Observer())
+    one = handler.Pass(64, 64, steps, **{"run": steps, **stage})
+    return handler.denoise(engine, request, conditioning, one, lambda _: None)
 
 
 def progress(**fields: Any) -> list[tuple[int, int]]:
@@ -374,3 +376,25 @@ COMPILED_BLOCKS = handler.COMPILED_BLOCKS  # to count what torch.compile made
 def load_engine() -> handler.Engine:
     """What a start makes of the environment: the pipeline and all that belongs to it."""
     return handler.Engine.load(handler.Settings.from_environ())
+
+
+# --- pictures
+
+UPSCALERS = list(handler.UPSCALERS)
+
+
+def passes(**fields: Any) -> list[tuple[int, int, int, int]]:
+    """(width, height, steps of the schedule, steps run) of each pass of a job: the largest jobs would take hours."""
+    return [
+        (one.width, one.height, one.steps, one.run) for one in handler.plan_passes(parse({"prompt": "x", **fields}))
+    ]
+
+
+def enlarge(latents: torch.Tensor, width: int, height: int, upscaler: str) -> torch.Tensor:
+    """Latents in another size, by one of the upscalers that need no pixels."""
+    return handler.enlarge(None, latents, width, height, upscaler)
+
+
+def is_public(address: str) -> bool:
+    """Whether an address may be asked for a picture; names resolve to a few of them only."""
+    return handler.is_public(address)

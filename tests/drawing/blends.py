@@ -1,7 +1,7 @@
 """Ways to bring a long prompt's chunks to the UNet, tried on the model that draws.
 
     python tests/drawing/blends.py --count 40                    the table: rule x where the words that count stand
-    python tests/drawing/blends.py --count 40 --rules likeness,concat
+    python tests/drawing/blends.py --count 40 --rules "likeness;concat"
 
 A prompt has two or three chunks; the words that say what to draw stand in one of them (or the background in the first
 and the object in the second), all else is decoration that the model was trained to ignore. Each cell is the share of
@@ -32,7 +32,7 @@ import handler  # noqa: E402
 from drawing import model, scenes, scoring  # noqa: E402
 from drawing.drawing_world import build_drawing_world  # noqa: E402
 
-STEPS, GUIDANCE, BATCH = 14, 4.5, 8
+STEPS, GUIDANCE, BATCH = 10, 4.5, 8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rules: chunk states (n, 77, D), their token counts, pooled vectors (n, P) -> (1, length, D), (1, P)
@@ -192,9 +192,9 @@ def main() -> None:
     """Draw, score, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--rules", help="names from RULES, with commas")
+    parser.add_argument("--rules", help="names from RULES, with semicolons")
     options = parser.parse_args()
-    names = options.rules.split(",") if options.rules else list(RULES)
+    names = options.rules.split(";") if options.rules else list(RULES)
     torch.set_num_threads(1)
     os.environ |= build_drawing_world(TESTS / ".cache").environ() | {"LORAS": ""}
     pipe = handler.load_pipeline()
