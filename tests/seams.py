@@ -135,6 +135,16 @@ def compile_unet(pipe: Any, backend: str) -> None:
     handler.compile_unet(pipe, backend)
 
 
+def import_libraries() -> None:
+    """Imports what a pipeline needs, as a start does: the benchmark of cold starts times it alone."""
+    handler.import_libraries()
+
+
+def build_pipeline(settings: handler.Settings, checkpoint: Path, dtype: Any) -> Any:
+    """The pipeline in host memory: the benchmark of cold starts ends where it would move to a GPU."""
+    return handler.build_pipeline(settings, checkpoint, dtype)
+
+
 def load_in_float16() -> None:
     """Pipelines are loaded in float16 without a GPU too, where the full size would take 22 GB."""
     import torch

@@ -30,9 +30,9 @@ PAGE = 4096
 
 def start(way: str) -> None:
     """The child process: one start; prints the seconds of its phases and the moment of its end."""
-    import handler
+    import seams
 
-    settings, marks = handler.Settings.from_environ(), {}
+    settings, marks = seams.settings(), {}
     began = time.monotonic()
 
     def mark(phase: str) -> None:
@@ -40,18 +40,19 @@ def start(way: str) -> None:
         began, marks[phase] = time.monotonic(), time.monotonic() - began
 
     if way == "worker":  # as serve_queue and load_pipeline do
-        files = handler.in_background(handler.fetch_models, settings)
-        sdk = handler.in_background(handler.import_sdk)
-        with handler.garbage_left():
-            handler.import_libraries()
-            sdk.result()
+        files = seams.in_background(seams.fetch_models, settings)
+        sdk = seams.in_background(seams.import_sdk)
+        seams.import_libraries()
+        sdk.result()
     import_all()
     mark("imports")
     checkpoint = settings.checkpoint_dir / settings.checkpoint["filename"]
     if way == "worker":
         checkpoint = files.result().checkpoint
     mark("files")
-    pipe = handler.build_pipeline(settings, checkpoint, handler.torch.float16)
+    import torch
+
+    pipe = seams.build_pipeline(settings, checkpoint, torch.float16)
     mark("pipeline")
     touch(pipe)
     mark("bytes")
