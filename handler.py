@@ -52,12 +52,13 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain, count, islice, pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urljoin, urlsplit
@@ -220,8 +221,7 @@ class Settings:
             raise SetupFailed(
                 "CIVITAI_API_KEY must be one word of plain ASCII; copy it again from your Civitai account page"
             )
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        if not is_address(base_url):
             raise SetupFailed("CIVITAI_BASE_URL must be an address such as https://civitai.com")
         cache = Path(environ.get("MODEL_CACHE_DIR") or default_cache_dir())
         return cls(
@@ -256,6 +256,19 @@ def default_cache_dir() -> Path:
     return on_volume if on_volume.is_dir() else Path("models")
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is the address of a server: scheme and host, and no user in it."""
+    with suppress(ValueError):  # "http://[" has no host that could be read
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return False
+
+
+def quoted(text: str) -> str:
+    """A setting as an error quotes it, unless it is long or an address: a pasted download link holds a token."""
+    return repr(text) if re.fullmatch(r"[\w@.,+\s-]{0,40}", text) else "an address or another long text"
+
+
 def parse_number(
     environ: Mapping[str, str], name: str, default: float, low: float, high: float, whole: bool = False
 ) -> float:
@@ -267,7 +280,7 @@ def parse_number(
         value = math.nan
     if not low <= value <= high:
         kind = "whole number" if whole else "number"
-        raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {text!r}")
+        raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {quoted(text)}")
     return value
 
 
@@ -276,7 +289,7 @@ def parse_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
     switches = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
     text = environ.get(name, "").lower()
     if text and text not in switches:
-        raise SetupFailed(f"{name} must be 1 or 0, got {text!r}")
+        raise SetupFailed(f"{name} must be 1 or 0, got {quoted(text)}")
     return switches.get(text, default)
 
 
@@ -285,7 +298,7 @@ def parse_checkpoint(text: str) -> dict[str, Any]:
     if not text or text == version_id(CHECKPOINT_CONFIG):
         return dict(CHECKPOINT_CONFIG)
     if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {text!r}")
+        raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {quoted(text)}")
     return {"name": f"civitai_{text}", "url": civitai_url(int(text)), "filename": f"civitai_{text}.safetensors"}
 
 
@@ -301,7 +314,7 @@ def parse_loras(text: str | None) -> list[dict[str, Any]]:
         if not abs(scale) <= MAX_LORA_SCALE:
             raise SetupFailed(
                 f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
-                f"such as 135867@1.5,294259; got {item!r}"
+                f"such as 135867@1.5,294259; got {quoted(item)}"
             )
         name = f"civitai_{found[1]}"
         config = known.get(found[1]) or lora_config(name, int(found[1]), scale, f"{name}.safetensors")
@@ -315,6 +328,8 @@ def parse_bucket(environ: Mapping[str, str]) -> Bucket | None:
     missing = [name for name in names if not environ.get(name)]
     if missing and len(missing) < len(names):
         raise SetupFailed(f"a bucket needs all of {', '.join(names)}; missing: {', '.join(missing)}")
+    if not missing and not is_address(environ[names[0]]):
+        raise SetupFailed(f"{names[0]} must be an address such as https://s3.eu-central-1.amazonaws.com")
     return None if missing else Bucket(*(environ[name] for name in names))
 
 
@@ -1364,7 +1379,10 @@ def as_setup_failure(message: str) -> Iterator[None]:
     what to choose instead."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError),
+        safetensors.SafetensorError,
+    ) as error:
         if is_out_of_memory(error):
             message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
         elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
@@ -1462,8 +1480,27 @@ def build_pipeline(settings: Settings, checkpoint: Path, dtype: Any) -> Any:
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
             str(checkpoint), config=settings.sdxl_config, vae=vae, torch_dtype=dtype, add_watermarker=False
         )
+        scale_float8(pipe, checkpoint)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
     return pipe
+
+
+def scale_float8(pipe: Any, checkpoint: Path) -> None:
+    """Multiplies the weights of a scaled float8 checkpoint by their `scale_weight`, which diffusers leaves out."""
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
+    if not scales:
+        return
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
+    layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
+    for name, scale in scales.items():
+        layer = layers.get(name.removesuffix(".scale_weight"))
+        if layer is None and name.startswith("first_stage_model."):  # its VAE is not used
+            continue
+        if layer is None:
+            raise SetupFailed(f"the checkpoint has scaled float8 weights that cannot be read here, such as {name}")
+        weight = attrgetter(layer)(pipe).weight
+        weight.data = (weight.data.float() * scale.float()).to(weight.dtype)
 
 
 def compile_unet(pipe: Any, backend: str = "inductor") -> None:
@@ -1531,73 +1568,374 @@ def is_black(pixels: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRAs
 
-# A LoRA adds scale * alpha / rank * up @ down to a weight. The stack is merged into the weights: nine PEFT adapters
-# turn the 1,870 kernels of a UNet forward into 27,851. Reading the files' many formats stays diffusers' business.
+# Whatever a file's names, kinds and ways of scaling, it is read into Shares: what it adds to single tensors of the
+# checkpoint, by the formulas of lycoris-lora and PEFT. The stack is merged into the weights: nine PEFT adapters turn
+# the 1,870 kernels of a UNet forward into 27,851.
 
-LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-LORA_KEY = re.compile(r"[._](lora_(down|up)|lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up))\.weight$|\.alpha$")
-OTHER_KINDS = {  # part of a tensor's name -> what only that kind of file has
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "Tucker-decomposed LoCon (lora_mid)",
-    "oft_": "OFT",
-    ".diff": "full-difference",
-    "lora_B.bias": "bias",
+LORA_COMPONENTS = {  # component -> how the names of its layers begin in files, with "_" for each "."
+    "unet": ("lora_unet_", "lycoris_", "unet_", "diffusion_model_", "base_model_model_", "base_model_model_unet_", ""),
+    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_", "clip_l_"),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_", "clip_g_"),
 }
-JOB_BYTES = 12 * GIB  # stays free on the GPU for the largest jobs: an estimate, with room to spare
+LORA_PART = re.compile(  # how a tensor's name ends: which part of its layer it is
+    r"(.+)[._](?:lora(?:_linear_layer)?[._](up|down|mid|A|B)(?:\.default)?\.weight|lora_(magnitude_vector)(?:\.weight)?"
+    r"|(alpha|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|w_norm|diff_b|b_norm))"
+)
+LORA_PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # the same parts by other names
+RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # the first of them that a layer has tells its rank
+OTHER_KINDS = {  # found in the list of a file's tensors, lines such as "name [4, 4]" -> what the file is
+    r"boft_|oft_blocks \[\d+, \d+, \d+, \d+\]": "a BOFT network",
+    r"oft_(blocks|diag|[rR]\b)": "an OFT network",
+    r"\.([ab][12]|bm[12])\.weight ": "a GLoRA network",
+    r"\.on_input |\bia3_": "an IA³ network",
+    r"^lora_controlnet |zero_convs|input_hint_block|controlnet_|lllite_": "a ControlNet or control-LoRA",
+    r"^(clip_[lg]|emb_params|string_to_param\S*) ": "a textual-inversion embedding",
+    r"^(first_stage_model|conditioner|cond_stage_model|model\.diffusion_model)\.": "a checkpoint",
+}
+OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
+    r"(double|single)_blocks[._]|single_transformer_blocks[._]": "a LoRA for Flux or a model of its kind",
+    r"joint_blocks[._]|[._]attn[._]add_[qkv]_proj": "a LoRA for Stable Diffusion 3 or a model of its kind",
+    r"(?<!encoder)[._](transformer_blocks|blocks|layers)[._]\d+[._](self_|cross_)?attn[._]": "a LoRA of a transformer",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 768\b": "a LoRA for Stable Diffusion 1",
+    r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 1024\b": "a LoRA for Stable Diffusion 2",
+    r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
+}
+JOB_BYTES = 6 * GIB  # stays free on the GPU for the largest jobs, which take 4.9 GiB above the weights
 
 
 class BadLora(Exception):
     """Why a file cannot go into the stack, in words for a client."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A LoRA's share in one weight: the job's scale * scaling * up @ down."""
+# kinds
 
-    up: Any  # (rows, rank); of a convolution (rows, rank, 1, 1)
-    down: Any  # (rank, columns); of a convolution (rank, channels, kernel, kernel)
+
+def low_rank(parts: Mapping[str, Any]) -> Any:
+    """LoRA and LoCon: up (rows, rank, 1, 1) times down (rank, columns, kernel, kernel)."""
+    return parts["up"].flatten(1) @ parts["down"].flatten(1)
+
+
+def hadamard(parts: Mapping[str, Any]) -> Any:
+    """LoHa: two products, multiplied number by number."""
+    first = product(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
+    return first * product(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+
+
+def kronecker(parts: Mapping[str, Any]) -> Any:
+    """LoKr: the Kronecker product of two matrices, each whole or factored; a convolution's kernel is the second's."""
+    w1 = parts["lokr_w1"] if "lokr_w1" in parts else product(parts["lokr_w1_a"], parts["lokr_w1_b"])
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    else:
+        w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
+
+
+def product(a: Any, b: Any, core: Any = None) -> Any:
+    """a (rows, rank) times b (rank, columns); with a Tucker core (rank, rank, kernel, kernel) a is (rank, rows)."""
+    return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
+
+
+LORA_KINDS = {  # how the names of the parts begin -> their kind; else it is low_rank
+    "hada": hadamard,
+    "lokr": kronecker,
+    "diff": itemgetter("diff"),  # differences of whole weights, norms and biases are the change itself
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a file adds to one weight or bias of the checkpoint at scale 1."""
+
+    kind: Callable[[Mapping[str, Any]], Any]  # its parts -> the change, but for the scaling
+    parts: Mapping[str, Any]
     scaling: float  # alpha / rank
+    magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
+
+    def to(self, device: Any) -> Share:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, magnitude=magnitude)
+
+    def change(self, original: Any) -> Any:
+        """The change in float32, for the checkpoint's own tensor in float32; all on one device."""
+        parts = {name: part.float() for name, part in self.parts.items()}
+        change = self.scaling * self.kind(parts).reshape(original.shape)
+        if self.magnitude is None:
+            return change
+        turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
+        norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
+        return (
+            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
+        )
+
+
+@functools.lru_cache
+def change_shape(kind: Callable[..., Any], shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """The shape of the change that parts of these shapes make up; torch tries it without numbers."""
+    return kind({name: torch.empty(shape, device="meta") for name, shape in shapes}).shape
+
+
+# files
+
+
+def ldm_names(unet: Any) -> dict[str, str]:
+    """diffusers' name of each layer -> its name in the original (LDM) layout, in which most LoRAs are written:
+    "down_blocks.1.resnets.0.conv1" -> "input_blocks.4.0.in_layers.2".
+
+    diffusers only converts in the other direction: it is given every name that a block could hold.
+    """
+    resnet = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+    attention = {name.partition(".attentions.")[2][2:] for name, _ in unet.named_modules() if ".attentions." in name}
+    blocks = [f"{side}_blocks.{n}" for side in ("input", "output") for n in range(9)]
+    names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"]
+    names += [f"{block}.0.{layer}" for block in (*blocks, "middle_block") for layer in (*resnet, "op")]
+    names += [f"{block}.1.{layer}" for block in (*blocks, "middle_block") for layer in attention]
+    names += [f"middle_block.2.{layer}" for layer in resnet] + [f"{block}.2.conv" for block in blocks]
+    tensors = {f"model.diffusion_model.{name}.{end}": name for name in names for end in ("weight", "bias")}
+    converted = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(tensors, unet.config)
+    return {name.removesuffix(".weight"): original for name, original in converted.items()}
+
+
+def layer_spellings(pipe: Any) -> dict[str, str]:
+    """Every way to write a layer's name, with "_" for each "." -> the layer, "unet.mid_block.attentions.0.proj_in"."""
+    originals, spellings = ldm_names(pipe.unet), {}
+    for component, prefixes in LORA_COMPONENTS.items():
+        for name, module in getattr(pipe, component).named_modules():
+            if getattr(module, "weight", None) is None:
+                continue
+            old = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", name).replace("to_out.0", "to_out")
+            for spelled in {name, old, originals.get(name, name)}:
+                spellings |= {prefix + spelled.replace(".", "_"): f"{component}.{name}" for prefix in prefixes}
+    return spellings
+
+
+def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict[str, Share], dict, list[str]]:
+    """A file's shares, "unet.mid_block.attentions.0.proj_in.weight" -> Share; its bundled embeddings as they are, name
+    -> {"clip_l": (n, 768), "clip_g": (n, 1280)}; warnings. spellings are layer_spellings(pipe). Raises BadLora."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            configs = peft_configs(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadLora("the file is damaged or not a safetensors file") from error
+    refuse(tensors, OTHER_KINDS)
+    changes, unknown, embeddings = sort_tensors(tensors, spellings)
+    if not changes:
+        if not any(map(LORA_PART.fullmatch, tensors)):
+            raise BadLora("the file holds no LoRA weights")
+        refuse(tensors, OTHER_MODELS)
+        raise BadLora(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
+    total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
+    changed = {name: attrgetter(name)(pipe) for name in changes}
+    unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
+    for name, tensor in changed.items():
+        try:
+            shares[name] = None if tensor is None else read_share(name, changes[name], tensor.shape, configs)
+        except KeyError as part:
+            raise BadLora(f"its layer {name} lacks the part {part}") from part
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            refuse(tensors, OTHER_MODELS)
+            raise BadLora(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
+    warnings = []
+    if unknown:
+        such = f"such as {min(unknown)[:80]!r}"
+        warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
+    return {name: share for name, share in shares.items() if share}, embeddings, warnings
+
+
+def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Raises BadLora where a row of the table says what the file is."""
+    listing = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    for pattern, what in kinds.items():
+        if re.search(pattern, listing, re.MULTILINE):
+            raise BadLora(f"the file is {what}: only LoRA, LoHa, LoKr, DoRA and difference files for SDXL can be used")
+
+
+def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[dict, set[str], dict]:
+    """A file's tensors by what they change, "unet.conv_in.weight" -> part -> tensor; the names of layers that SDXL
+    lacks; the tensors of bundled embeddings, name -> part -> tensor. Raises BadLora for what could only be guessed."""
+    changes, unknown, bundled = {}, set(), {}
+    for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):
+            name, _, part = key.removeprefix("bundle_emb.").partition(".")
+            bundled.setdefault(name, {})[part] = tensor
+            continue
+        found = LORA_PART.fullmatch(key.replace(".processor.", "."))  # "attn1.processor.to_q_lora.up.weight"
+        spelled, part = (found[1], found[found.lastindex]) if found else (key, "")
+        part, layer = LORA_PARTS.get(part, part), spellings.get(spelled.replace(".", "_"))
+        if found and layer:
+            name, part = (f"{layer}.bias", "diff") if part == "diff_b" else (f"{layer}.weight", part)
+            if changes.setdefault(name, {}).setdefault(part, tensor) is not tensor:
+                raise BadLora(f"the file holds {name} twice, under two names")
+        elif not found and any(key[: dot.start()].replace(".", "_") in spellings for dot in re.finditer(r"\.", key)):
+            raise BadLora(f"the file holds weights of an unknown kind, such as {key[:80]!r}")
+        else:
+            unknown.add(spelled)
+    return changes, unknown, bundled
+
+
+def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping[str, Any]) -> Share | None:
+    """A file's share in a tensor of this name and shape; None for rank 0. configs are PEFT's, for each component.
+
+    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
+    ValueError, where the parts do not make up that shape.
+    """
+    parts = {part: usable(tensor.float() if part == "alpha" else tensor) for part, tensor in parts.items()}
+    component, _, layer = name.removesuffix(".weight").partition(".")
+    rank = next((len(parts[part]) for part in RANK_PARTS if part in parts), None)
+    if rank == 0:
+        return None
+    scaling, alpha, config = 1.0, parts.pop("alpha", None), configs.get(component)
+    if rank and alpha is not None:
+        scaling = float(alpha) / rank
+    elif rank and config:
+        alpha = config.alpha_pattern.get(
+            peft.utils.other.get_pattern_key(config.alpha_pattern, layer), config.lora_alpha
+        )
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    magnitude = parts.pop("dora_scale", None)  # (rows, 1, ...) or (1, columns, ...)
+    if magnitude is not None:
+        magnitude = magnitude.flatten(1) if len(magnitude) == 1 else magnitude.flatten()
+    if "magnitude_vector" in parts or (config and config.use_dora):
+        magnitude = parts.pop("magnitude_vector").flatten()  # (rows,), or (1, rows, 1, 1) of a convolution
+    kind, *others = {LORA_KINDS.get(part[:4], low_rank) for part in parts} or {low_rank}
+    if others:
+        raise BadLora(f"its layer {name} is of several kinds at once")
+    if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
+        down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
+        parts["down"] = down
+    made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
+    fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
+    if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
+        raise ValueError("another shape")
+    return Share(kind, parts, scaling, magnitude)
+
+
+def usable(tensor: Any) -> Any:
+    """The tensor in a type that torch can compute with. Raises BadLora for NaN and infinite numbers."""
+    if not tensor.is_floating_point():
+        raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
+    tensor = tensor.half() if tensor.element_size() == 1 else tensor  # float8: float16 holds it exactly
+    if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # 20 times as fast as isfinite, and keeps NaN
+        raise BadLora("the file holds NaN or infinite numbers")
+    return tensor
+
+
+def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadLora."""
+    configs = {}
+    try:
+        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+            component, _, name = key.partition(".")
+            if name in peft.LoraConfig.__dataclass_fields__:  # newer versions of PEFT write more
+                configs.setdefault(component, {})[name] = value
+        return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadLora("its PEFT configuration cannot be read") from error
+
+
+# the stack
 
 
 @dataclass
 class Target:
-    """A weight that LoRAs of the stack change."""
+    """A weight or bias that LoRAs of the stack change."""
 
     module: Any
-    original: Any  # the weight as in the checkpoint; never written to
-    factors: dict[str, Factors] = field(default_factory=dict)  # adapter name -> its share
+    name: str  # "weight" or "bias"
+    original: Any  # as in the checkpoint; never written to
+    shares: dict[str, Share] = field(default_factory=dict)  # adapter name -> its share
+    apart: bool = False  # whether the original has a place of its own
+    up: Any = None  # (rows, ranks) and (ranks, columns): the plain shares, joined
+    down: Any = None
+
+    def plain(self, scales: Iterable[str]) -> dict[str, Share]:
+        """The shares of these adapters that are products of two matrices, whatever the weight."""
+        shares = {name: share for name, share in self.shares.items() if name in scales}
+        return {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
+
+    def settle(self, on_gpu: bool) -> None:
+        """Parts the original from the tensor that is going to be changed, and joins the plain shares, so that a change
+        of the stack takes one product for all of them."""
+        tensor = getattr(self.module, self.name)
+        if on_gpu and not self.apart:
+            self.original = tensor.detach().clone()
+        elif tensor.data_ptr() == self.original.data_ptr():
+            half = tensor.detach().half()
+            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
+                self.original = half  # exact: float32 pipelines too come from float16 files
+            else:
+                tensor.data = tensor.detach().clone()
+        self.apart = True
+        self.shares = {name: share.to(self.original.device) for name, share in self.shares.items()}
+        if plain := self.plain(self.shares):
+            self.up = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], 1)
+            self.down = torch.cat([share.parts["down"].flatten(1) for share in plain.values()])
+            ranks = [len(share.parts["down"]) for share in plain.values()]
+            for name, up, down in zip(plain, self.up.split(ranks, 1), self.down.split(ranks), strict=True):
+                self.shares[name] = replace(plain[name], parts={"up": up, "down": down})
+
+    def merge(self, scales: Mapping[str, float], rank_scales: Any, device: Any) -> None:
+        """tensor = original + what the LoRAs add, summed in float32 and rounded once; rank_scales (ranks,) are those of
+        the plain shares. In place, since torch.compile and hooks hold on to the tensor."""
+        tensor, original, change = getattr(self.module, self.name), self.original.to(device), None
+        plain = self.plain(scales)
+        if plain:
+            up, down = self.up, self.down
+            if len(rank_scales) < len(down):
+                up = torch.cat([share.parts["up"] for share in plain.values()], 1)
+                down = torch.cat([share.parts["down"] for share in plain.values()])
+            change = ((up.to(device) * rank_scales) @ down.to(device).float()).view_as(original)
+        for name, share in self.shares.items():
+            if name in scales and name not in plain:
+                more = scales[name] * share.to(device).change(original.float())
+                change = more if change is None else change + more
+        if change is None:
+            tensor.copy_(original)
+        elif original.device == tensor.device:
+            torch.add(original, change, out=tensor)
+        else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
+            tensor.copy_((original + change).to(tensor.dtype))
 
 
 class LoraStack:
     """LoRAs merged into a pipeline's weights, so that a job runs exactly the operations of the bare checkpoint.
 
-    `failed` says which files cannot be used, and why: nothing of them is in any weight. `applied` is what is in the
-    weights now, adapter name -> scale.
+    `failed` says which files cannot be used, and why: nothing of them is in any weight. `warnings` says what the others
+    hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now, adapter name ->
+    scale.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         """Reads all files, adapter name -> path. Best before the pipeline leaves host memory: see settle()."""
-        self.pipe = pipe
+        self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
+        self.warnings: dict[str, list[str]] = {}
+        self.embeddings: dict[str, dict[str, dict[str, Any]]] = {}  # adapter name -> embedding's name -> part -> tensor
         self.applied: dict[str, float] = {}
         self.adapters: set[str] = set()  # what can be applied
         self.targets: dict[str, Target] = {}
         self.settled = False
-        modules = lora_modules(pipe)
         for adapter, file in files.items():
-            try:
-                shares = read_lora(pipe, file, modules)
-            except BadLora as reason:
-                self.failed[adapter] = str(reason)
-                log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-                continue
-            self.adapters.add(adapter)
-            for name, factors in shares.items():
-                target = self.targets.setdefault(name, Target(modules[name], modules[name].weight.detach()))
-                target.factors[adapter] = factors
+            self.add(adapter, file)
+
+    def add(self, adapter: str, file: Path) -> None:
+        """Reads a file into the stack, or notes in `failed` why it cannot be used."""
+        try:
+            shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
+        except BadLora as reason:
+            self.failed[adapter] = str(reason)
+            log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
+            return
+        self.adapters.add(adapter)
+        for warning in self.warnings[adapter]:
+            log.warning("LoRA %s: %s", adapter, warning)
+        for name, share in shares.items():
+            layer, _, end = name.rpartition(".")
+            target = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
+            self.targets.setdefault(name, target).shares[adapter] = share
+        self.settled = False
 
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
@@ -1611,15 +1949,15 @@ class LoraStack:
         if unknown := wanted.keys() - self.adapters:
             raise KeyError(*unknown)
         changed = {name for name in self.adapters if wanted.get(name) != self.applied.get(name)}
+        targets = [target for target in self.targets.values() if not changed.isdisjoint(target.shares)]
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
             if not self.settled:
                 self.settle()
-            # NaN equals no scale: after a change that fails half-way the next one writes every weight anew
+            # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
             self.applied = dict.fromkeys(self.adapters, math.nan)
-            for target in self.targets.values():
-                if not changed.isdisjoint(target.factors):
-                    merge(target, wanted, device)
+            for target, rank_scales in zip(targets, scale_ranks(targets, wanted, device), strict=True):
+                target.merge(wanted, rank_scales, device)
         self.applied = wanted
         return True
 
@@ -1627,145 +1965,24 @@ class LoraStack:
         """Gives the originals a place of their own before the first change: on the GPU where the largest jobs fit
         beside them, else in host memory, where a float16 pipeline's are pages of the checkpoint file itself."""
         targets = self.targets.values()
-        size = sum(t.original.nbytes + sum(f.up.nbytes + f.down.nbytes for f in t.factors.values()) for t in targets)
+        size = sum(part.nbytes for t in targets for share in t.shares.values() for part in share.parts.values())
+        size += sum(target.original.nbytes for target in targets)
         on_gpu = self.pipe.device.type == "cuda" and torch.cuda.mem_get_info()[0] - size >= JOB_BYTES
         for target in targets:
-            keep_original(target, on_gpu)
+            target.settle(on_gpu)
         self.settled = True
         where = "on the GPU" if on_gpu else "in host memory"
-        log.info("LoRA stack: %d weights; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
+        log.info("LoRA stack: %d tensors; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
 
 
-def keep_original(target: Target, on_gpu: bool) -> None:
-    """Parts the original from the weight that is going to be changed."""
-    weight = target.module.weight
-    if on_gpu:
-        target.original = weight.detach().clone()
-        for adapter, factors in target.factors.items():
-            up, down = factors.up.to(weight.device), factors.down.to(weight.device)
-            target.factors[adapter] = Factors(up, down, factors.scaling)
-    elif weight.data_ptr() == target.original.data_ptr():
-        half = weight.detach().half()
-        if weight.dtype == torch.float32 and torch.equal(half.float(), weight):
-            target.original = half  # float32 pipelines too come from float16 files: half the memory holds them exactly
-        else:
-            weight.data = weight.detach().clone()
-
-
-def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
-    """weight = original + all LoRAs, summed in float32 by one matrix product and rounded once."""
-    weight = target.module.weight
-    shares = [(factors, scales[name] * factors.scaling) for name, factors in target.factors.items() if name in scales]
-    if not shares:
-        weight.copy_(target.original)
-        return
-    # to(device) first: a copy that converts as well would convert on the CPU, and move twice the bytes
-    original = target.original.to(device).float().flatten(1)  # (rows, columns)
-    up = torch.cat([factors.up.to(device).float().flatten(1) * scale for factors, scale in shares], 1)  # (rows, ranks)
-    down = torch.cat([factors.down.to(device).float().flatten(1) for factors, _ in shares])  # (ranks, columns)
-    merged = torch.addmm(original, up, down).to(weight.dtype)
-    weight.copy_(merged.view_as(weight))  # in place: torch.compile and hooks hold on to it
-
-
-def lora_modules(pipe: Any) -> dict[str, Any]:
-    """The layers that a LoRA can change, "unet.mid_block.attentions.0.proj_in" -> module."""
-    return {
-        f"{component}.{name}": module
-        for component in LORA_COMPONENTS
-        for name, module in getattr(pipe, component).named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    }
-
-
-def read_lora(pipe: Any, file: Path, modules: Mapping[str, Any]) -> dict[str, Factors]:
-    """A file in Kohya's, PEFT's or diffusers' format -> module name -> Factors. Raises BadLora.
-
-    The conversion of names and alphas is diffusers' own. Its load_lora_weights goes on to inject an adapter, where
-    PEFT compares every module with every name: 3 s a file, more with each.
-    """
-    try:
-        with safetensors.safe_open(file, "pt") as tensors:
-            check_keys(list(tensors.keys()))
-        state, alphas, metadata = pipe.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            use_safetensors=True,
-            local_files_only=True,
-            unet_config=pipe.unet.config,
-            return_lora_metadata=True,
-        )
-        shares: dict[str, Factors] = {}
-        for component in LORA_COMPONENTS:
-            shares |= component_factors(component, state, alphas, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BadLora("the file is damaged or not a safetensors file") from error
-    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise BadLora("made for another base model: its layers are not named like SDXL's") from error
-    if unknown := len(state) // 2 - len(shares.keys() & modules.keys()):
-        raise BadLora(f"made for another base model: {unknown} of its {len(state) // 2} layers are not in SDXL")
-    for name, factors in shares.items():
-        check_factors(name, factors, modules[name].weight)
-    return shares
-
-
-def check_keys(keys: list[str]) -> None:
-    """Raises BadLora unless the tensors' names are those of a plain LoRA, each with its other half."""
-    other = [key for key in keys if not LORA_KEY.search(key)]
-    for part, kind in OTHER_KINDS.items():
-        if any(part in key for key in other):
-            raise BadLora(f"{kind} weights are not supported: without them the LoRA would draw something else")
-    halves = Counter(LORA_KEY.sub("", key) for key in keys if LORA_KEY.search(key) and not key.endswith(".alpha"))
-    if not halves:
-        raise BadLora("the file holds no LoRA weights")
-    if other:
-        raise BadLora(f"the file holds weights that are not a LoRA's, such as {other[0][:80]!r}")
-    if lonely := [layer for layer, count in halves.items() if count != 2]:
-        raise BadLora(f"one half of {len(lonely)} of its {len(halves)} layers is missing")
-
-
-def component_factors(component: str, state: Mapping[str, Any], alphas: Any, metadata: Any) -> dict[str, Factors]:
-    """The part of a LoRA that changes one component, as diffusers and PEFT read it: alpha is the layer's own where
-    PEFT's rules find one, else the file's commonest, else the rank."""
-    tensors = {key: tensor for key, tensor in state.items() if key.startswith(f"{component}.")}
-    if not tensors:
-        return {}
-    if component == "unet":
-        tensors = diffusers.utils.convert_unet_state_dict_to_peft(tensors)
-    else:
-        tensors = diffusers.utils.convert_state_dict_to_diffusers(tensors)
-        tensors = diffusers.utils.convert_state_dict_to_peft(tensors)
-    downs = {key.removesuffix(".lora_A.weight"): tensor for key, tensor in tensors.items() if ".lora_A." in key}
-    ranks = {name: down.shape[0] for name, down in downs.items()}
-    if metadata:  # written by diffusers from 0.34 on
-        config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
-    else:
-        own = {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(f"{component}.")}
-        config = diffusers.utils.get_peft_kwargs(ranks, own, tensors, is_unet=component == "unet")
-    scalings = {name: layer_alpha(config, name, bool(metadata)) / rank for name, rank in ranks.items()}
-    return {name: Factors(tensors[f"{name}.lora_B.weight"], down, scalings[name]) for name, down in downs.items()}
-
-
-def layer_alpha(config: Mapping[str, Any], name: str, patterns: bool) -> float:
-    """The alpha of a layer; in a configuration of PEFT's own, alpha_pattern is one of regular expressions."""
-    key = peft.utils.other.get_pattern_key(config["alpha_pattern"], name.partition(".")[2]) if patterns else name
-    return config["alpha_pattern"].get(key, config["lora_alpha"])
-
-
-def check_factors(name: str, factors: Factors, weight: Any) -> None:
-    """Raises BadLora unless up @ down has the weight's shape and only finite numbers."""
-    up, down = factors.up, factors.down
-    rows, *columns = weight.shape
-    rank = down.numel() // math.prod(columns)
-    if not rank or up.shape != (rows, rank, *[1] * len(columns[1:])) or down.shape != (rank, *columns):
-        found = f"{tuple(up.shape)} x {tuple(down.shape)}"
-        raise BadLora(f"made for another base model: {name} is {found} in it, and {tuple(weight.shape)} in SDXL")
-    for tensor in (up, down):
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
-        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # 20 times as fast as isfinite, and keeps NaN
-            raise BadLora("the file holds NaN or infinite numbers")
-    if not math.isfinite(factors.scaling):
-        raise BadLora("the file holds an alpha that is no finite number")
+def scale_ranks(targets: Iterable[Target], scales: Mapping[str, float], device: Any) -> tuple[Any, ...]:
+    """For each target (ranks,): scale * alpha / rank for each rank of its plain shares; one copy moves them all."""
+    plain = [target.plain(scales) for target in targets]
+    values = [scales[name] * share.scaling for shares in plain for name, share in shares.items()]
+    ranks = [[len(share.parts["down"]) for share in shares.values()] for shares in plain]
+    joined = torch.tensor(values, dtype=torch.float32)
+    joined = joined.repeat_interleave(torch.tensor([rank for row in ranks for rank in row], dtype=torch.long))
+    return joined.to(device).split([sum(row) for row in ranks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1777,6 +1994,7 @@ MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
+CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
 # What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
@@ -1784,18 +2002,20 @@ SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u20
 BORDER = re.compile(rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])")
 CLAUSE_END = re.compile(rf"[,.!?…，。！？、][\"')\]”’»」』]*[{SPACE}]*$")
 
-LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*)(?::([^:>]*)[^>]*)?>", re.IGNORECASE)
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*+)(?::([^:>]*+)[^>]*+)?>", re.IGNORECASE)
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"  # a backslash before anything else vanishes, as in A1111
     r"|(?P<open>[(\[])"
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|:\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)"  # possessive: 10,000 digits take no time
     r"|(?P<close>[)\]])"
     r"|(?P<BREAK>\bBREAK\b)"
     r"|[^\\()\[\]:B]+|.",
     re.DOTALL,
 )
 # A1111's [from:to:when], [a|b] and AND; times and ratios have no letter in them
-PROMPT_EDITING = re.compile(r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])[^\[\]]*(?:\|[^\[\]]*|:\s*\d*\.?\d+\s*)\]|\bAND\b")
+PROMPT_EDITING = re.compile(
+    r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
+)
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
@@ -2098,15 +2318,18 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             weights[i, 1 : 1 + len(factors), 0] = torch.tensor(factors)
             counts[i] = max(counts[i], len(tokens))
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
-        output = encoder(torch.tensor(list(place), device=device), output_hidden_states=True)
         order = [place[window] for window in windows]
-        states = output.hidden_states[-clip_skip][order]  # (n, 77, D)
+        found = []
+        for part in torch.tensor(list(place), device=device).split(CHUNKS_AT_ONCE):
+            output = encoder(part, output_hidden_states=True)
+            found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
+        states, pooled = (torch.cat(parts)[order] for parts in zip(*found, strict=True))  # (n, 77, D)
         weighted = states * weights.to(device)
         if emphasis == "original":
             before, after = (t.float().mean((1, 2), keepdim=True) for t in (states, weighted))
             weighted = weighted * (before / after)
         hidden.append(weighted.to(dtype))
-    both, pooled = torch.cat(hidden, dim=-1), output.text_embeds[order]  # (n, 77, 2048), (n, 1280)
+    both = torch.cat(hidden, dim=-1)  # (n, 77, 2048); pooled is the second encoder's, (n, 1280)
     return [ChunkState(both[i : i + 1], count, pooled[i : i + 1]) for i, count in enumerate(counts)]
 
 
@@ -2145,7 +2368,7 @@ def merge_alike(states: Any, most: int) -> Any:
     """
     count, device = len(states), states.device
     group = torch.arange(count, device=device)  # state -> row of its mean in what follows
-    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e30)
+    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
     likeness = (states @ states.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
     likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
     likeness.fill_diagonal_(-math.inf)
@@ -2330,44 +2553,38 @@ def raise_gpu_failure(error: Exception) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 #
-# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them. σ is the standard deviation of the noise in
-# x = image + σ·noise. Every σ is a float32 tensor without dimensions on the CPU, so that the arithmetic is
-# k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting; x, denoised and noise are
-# float32 (n, 4, height/8, width/8) on the UNet's device.
+# k-diffusion's samplers on its noise schedules, as A1111 1.10 calls them (Karras et al., arXiv:2206.00364). σ is the
+# standard deviation of the noise in x = image + σ·noise: a float32 tensor without dimensions on the CPU, so that the
+# arithmetic is k-diffusion's to the last bit and CUDA's kernels take it as an argument without waiting. x, denoised
+# and noise are float32 (n, 4, height/8, width/8) on the UNet's device.
 
-Run = Generator[tuple[Any, Any], Any, Any]  # a sampler at work: yields (x, σ), is sent denoised, returns the last x
+Run = Generator[tuple[Any, Any], Any, Any]  # a sampler: yields (x, σ), is sent denoised, returns the last x
 Noise = Callable[[Any, Any], Any]  # noise(σ, next σ): standard normal, of x's shape
 
-# samplers, each after k-diffusion's function of that name (sampling.py), with its eta and s_noise of 1
+# samplers, each after k-diffusion's function of that name (sampling.py)
 
 
-def sample_euler(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al. (arXiv:2206.00364) without its second half."""
-    for sigma, following in pairwise(sigmas):
-        denoised = yield x, sigma
-        x = x + (x - denoised) / sigma * (following - sigma)
-    return x
-
-
-def ancestral_step(sigma: Any, following: Any) -> tuple[Any, Any]:
+def ancestral_step(sigma: Any, following: Any, eta: float = 1.0) -> tuple[Any, Any]:
     """get_ancestral_step: the σ to step down to and the σ of the noise to add, together the following σ."""
+    if not eta:
+        return following, 0.0
     up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
     return (following**2 - up**2) ** 0.5, up
 
 
-def sample_euler_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """Euler steps down, then noise up."""
+def sample_euler(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """sample_euler; with eta 1 sample_euler_ancestral: down further, then noise up."""
     for sigma, following in pairwise(sigmas):
         denoised = yield x, sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         x = x + (x - denoised) / sigma * (down - sigma)
-        if following > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
 
 def sample_heun(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step; two network calls a step."""
+    """Algorithm 2 of Karras et al.: the mean of the slopes at both ends of a step."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
         end = x + slope * (following - sigma)
@@ -2394,29 +2611,17 @@ def sample_lms(x: Any, sigmas: Any, _noise: Noise) -> Run:
     return x
 
 
-def sample_dpm_2(x: Any, sigmas: Any, _noise: Noise) -> Run:
-    """A step with the slope at its middle in log σ."""
+def sample_dpm_2(x: Any, sigmas: Any, noise: Noise, eta: float = 0.0) -> Run:
+    """A step with the slope at its middle in log σ; with eta 1 sample_dpm_2_ancestral."""
     for sigma, following in pairwise(sigmas):
         slope = (x - (yield x, sigma)) / sigma
-        if following > 0:
-            middle = sigma.log().lerp(following.log(), 0.5).exp()
-            half = x + slope * (middle - sigma)
-            slope = (half - (yield half, middle)) / middle
-        x = x + slope * (following - sigma)
-    return x
-
-
-def sample_dpm_2_ancestral(x: Any, sigmas: Any, noise: Noise) -> Run:
-    """sample_dpm_2 down, then noise up."""
-    for sigma, following in pairwise(sigmas):
-        slope = (x - (yield x, sigma)) / sigma
-        down, up = ancestral_step(sigma, following)
+        down, up = ancestral_step(sigma, following, eta)
         if down > 0:
             middle = sigma.log().lerp(down.log(), 0.5).exp()
             half = x + slope * (middle - sigma)
             slope = (half - (yield half, middle)) / middle
         x = x + slope * (down - sigma)
-        if down > 0:
+        if up > 0:
             x = x + noise(sigma, following) * up
     return x
 
@@ -2635,8 +2840,8 @@ def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
 
 
 def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """A1111's get_timesteps (sd_samplers_timesteps.py): t = 1, 1 + 1000 // steps, … downwards, without 0; 1000 // (1000
-    // steps) steps or one fewer. One step, of which nothing would be left, goes from the highest σ to 0."""
+    """A1111's get_timesteps (sd_samplers_timesteps.py): t = …, 1 + 1000 // steps, 1. As there, 24 steps are 24, and 20,
+    which divide 1000, are 19; one step, of which nothing would be left, goes from the highest σ to 0."""
     times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
     return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
 
@@ -2677,11 +2882,11 @@ class Sampler:
 
 SAMPLERS = {
     "Euler": Sampler(sample_euler),
-    "Euler a": Sampler(sample_euler_ancestral),
+    "Euler a": Sampler(functools.partial(sample_euler, eta=1)),
     "Heun": Sampler(sample_heun),
     "LMS": Sampler(sample_lms),
     "DPM2": Sampler(sample_dpm_2, "Karras", drops_next_to_last=True),
-    "DPM2 a": Sampler(sample_dpm_2_ancestral, "Karras", drops_next_to_last=True),
+    "DPM2 a": Sampler(functools.partial(sample_dpm_2, eta=1), "Karras", drops_next_to_last=True),
     "DPM++ 2S a": Sampler(sample_dpmpp_2s_ancestral, "Karras"),
     "DPM++ 2M": Sampler(sample_dpmpp_2m, "Karras"),
     "DPM++ SDE": Sampler(sample_dpmpp_sde, "Karras", brownian=True),
@@ -2692,7 +2897,7 @@ SAMPLERS = {
     "LCM": Sampler(sample_lcm, every=20),
     # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
     "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
-    "K_EULER_ANCESTRAL": Sampler(sample_euler_ancestral, uniform=leading, starts_at_sigma=False),
+    "K_EULER_ANCESTRAL": Sampler(functools.partial(sample_euler, eta=1), uniform=leading, starts_at_sigma=False),
 }
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
@@ -2707,8 +2912,8 @@ DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
     "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-# A1111's samplers that are not here, and what comes nearest
-NOT_HERE = {"DPM fast": "DPM2", "DPM adaptive": "DPM++ 2S a Karras", "Restart": "Heun Karras"}
+# samplers of A1111 and of the official worker that are not here, and what comes nearest
+NOT_HERE = {"DPM fast": "DPM++ 2M", "DPM adaptive": "DPM++ 2M Karras", "Restart": "Heun Karras", "KLMS": "LMS"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
 
 
@@ -2728,8 +2933,8 @@ class Sampling:
 def spelling(name: str) -> str:
     """What is left of a name when spellings do not count: "DPM++ 2S a" and ComfyUI's "dpmpp_2s_ancestral" ->
     "dpmpp2sa"; "dpmpp_sde_gpu" is "dpmpp_sde" there with other noise."""
-    name = re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp").replace("ancestral", "a")
-    return name.removesuffix("gpu")
+    name = re.sub(r"[\s_-]+", "", name.lower())
+    return name.replace("++", "pp").replace("ancestral", "a").replace("sdegpu", "sde")
 
 
 @functools.cache
@@ -2737,8 +2942,9 @@ def spelled_samplings() -> dict[str, Sampling]:
     """spelling -> what it chooses, for every name that is understood."""
     known = {}
     for name, sampler in SAMPLERS.items():
-        schedules = {schedule: schedule for schedule in SCHEDULES}
-        schedules |= {"Automatic": sampler.automatic, "Normal": "Uniform", "": "Uniform"}
+        schedules = {"": "Uniform", "Automatic": sampler.automatic}
+        if sampler.uniform is not leading:
+            schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
         known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
     for name in DIFFUSERS_SAMPLERS:
         known |= {spelling(name): Sampling(name, "")}
@@ -2754,21 +2960,21 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
     -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
     field and the nearest names.
     """
-    for text in (sampler, schedule or ""):
+    schedule = "" if schedule is None else schedule
+    for text in (sampler, schedule):
         if not isinstance(text, str):
             raise InvalidInput(f"{field} must be text, got {shown(text)}")
-    given = f"{sampler} {schedule or ''}".strip()
+    given = f"{sampler} {schedule}".strip()
     known, spelled = spelled_samplings(), spelling(given)
-    alone = known.get(spelling(sampler))
-    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
-        spelled = spelling(str(alone))  # "DPM++ 2M Karras" has its schedule already
     if spelled in known:
         return known[spelled]
-    nearest_names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
-    if not nearest_names:
-        close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
-        nearest_names = list(dict.fromkeys(str(known[key]) for key in close))[:3] or [DEFAULT_SCHEDULER, "Euler a"]
-    hint = ", ".join(f'"{name}"' for name in nearest_names)
+    alone = known.get(spelling(sampler))
+    if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
+        return alone  # "DPM++ 2M Karras" has its schedule already
+    close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
+    names = [str(alone)] * bool(alone) + [str(known[key]) for key in close] or [DEFAULT_SCHEDULER, "Euler a"]
+    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))] or names
+    hint = ", ".join(f'"{name}"' for name in list(dict.fromkeys(names))[:3])
     raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
 
 
@@ -2872,6 +3078,22 @@ def drawn_ahead(
 # the loop
 
 
+def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """The σ of each network call, the (σ, next σ) of each noise: no picture changes them, so a run on 0 tells."""
+    asked: list[tuple[Any, Any]] = []
+
+    def noise(sigma: Any, following: Any) -> float:
+        asked.append((sigma, following))
+        return 0.0
+
+    running = run(torch.zeros(()), sigmas, noise)
+    network_sigmas = [next(running)[1]]
+    with suppress(StopIteration):
+        while True:
+            network_sigmas.append(running.send(torch.zeros(()))[1])
+    return network_sigmas, asked
+
+
 class Scheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one.
 
@@ -2889,21 +3111,10 @@ class Scheduler:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         first = self.sigmas[0]
         self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
-        # Which σ the network and the noise are asked for depends on no picture: a run on one number tells.
-        self.noise_requests: list[tuple[Any, Any]] = []
-        rehearsal = self.sampler.run(torch.zeros(()), self.sigmas, self._note_request)
-        self.network_sigmas, call = [], next(rehearsal)
-        with suppress(StopIteration):
-            while True:
-                self.network_sigmas.append(call[1])
-                call = rehearsal.send(torch.zeros(()))
+        self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)
         self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
         self.order = max(1, round(len(self.timesteps) / steps))  # network calls a step
         self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
-
-    def _note_request(self, sigma: Any, following: Any) -> float:
-        self.noise_requests.append((sigma, following))
-        return 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # noqa: ARG002 - diffusers' signature
         """Begins a run."""
@@ -3015,8 +3226,9 @@ LINK_SECONDS = 7 * 24 * 3600  # the longest that S3 signs, and the SDK's choice
 RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 RECIPE_VERSION = "sdxl-worker"
 RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
+TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
-RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "Hashes", "VAE hash")
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -3093,18 +3305,17 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     ]
     if resources:
         details.append(f"Civitai resources: {json.dumps(resources, separators=(',', ':'), ensure_ascii=False)}")
-    # a prompt's line that begins with Steps would hide the recipe's from Civitai, which takes the first
-    prompt, negative = (re.sub("(?m)^Steps:", " Steps:", text) for text in (request.prompt, request.negative_prompt))
-    text = prompt + (f"\nNegative prompt: {negative}" if negative else "") + "\n"
-    for name, given, read in zip(
-        ("Exact prompt", "Exact negative prompt"),
-        (request.prompt, request.negative_prompt),
-        recipe_prompts(text + "-"),
-        strict=True,
-    ):
-        if given != read:
-            details.append(f"{name}: {json.dumps(given)}")
-    return f"{text}{', '.join(details)}".strip().replace("\0", "")  # which would end a PNG's text
+    prompts = {"Exact prompt": request.prompt, "Exact negative prompt": request.negative_prompt}
+    # NUL would end a PNG's text; a line of a prompt that begins with "Steps:" would hide the recipe's from Civitai,
+    # which takes the first
+    lines = [prompt.replace("\0", "").replace("Steps:", "Steps :") for prompt in prompts.values()]
+    text = lines[0] + (f"\nNegative prompt: {lines[1]}" if lines[1] else "") + "\n"
+    *read, _ = parse_recipe(text + ", ".join(details))
+    for (name, prompt), known in zip(prompts.items(), read, strict=True):
+        if prompt != known:  # without commas and colons, which other readers would take for a key's
+            exact = re.sub(r"[,:]|[^\S ]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(prompt, ensure_ascii=False))
+            details.append(f"{name}: {exact}")
+    return (text + ", ".join(details)).strip()
 
 
 def quote(value: str) -> str:
@@ -3112,36 +3323,42 @@ def quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
 
 
-def recipe_line(text: str) -> dict[str, Any] | None:
-    """The keys and values of a text's last line where it is a recipe's, else None: at least three, "Steps" first.
+def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt, and the keys and values of the last line; no keys where that is not a recipe's, which
+    has "Steps" first and at least three.
 
-    "Steps: 20, Sampler: Euler a, Size: 8x8" -> {"Steps": "20", "Sampler": "Euler a", "Size": "8x8"}. Reads as A1111's
-    parse_generation_parameters does, and JSON values, which Civitai writes without quotes, whole.
+    "a cat\\nSteps: 20, Sampler: Euler a, Size: 8x8" -> "a cat", "", {"Steps": "20", "Sampler": "Euler a", ...}. Reads
+    as A1111's parse_generation_parameters does, and JSON, which Civitai writes without quotes, whole. What stands
+    between two commas without a key is a key without a value; what a key says a second time stands under "… again".
     """
-    line, at, found = text.strip().rsplit("\n", 1)[-1], 0, {}
-    while key := RECIPE_KEY.match(line, at):
-        value, at = line[key.end() :], key.end()
-        end, known = len(value.split(",", 1)[0]), value.split(",", 1)[0].strip()
-        if value[:1] in ('"', "[", "{"):
-            with suppress(ValueError, RecursionError):
-                parsed, length = json.JSONDecoder().raw_decode(value)
-                if value[length:].lstrip()[:1] in ("", ","):
-                    end, known = length, parsed
-        found.setdefault(key[1], known)
-        at = line.find(",", at + end) + 1 or len(line)
-    return found if len(found) >= 3 and next(iter(found)) == "Steps" else None
-
-
-def recipe_prompts(text: str) -> tuple[str, str]:
-    """Prompt and negative prompt of a recipe, as A1111 reads them: lines stripped, the second from the line on that
-    begins with "Negative prompt:"."""
+    lines = text.strip().split("\n")
+    for end, (line, following) in enumerate(pairwise(lines), 1):
+        if line.startswith("Steps: ") and following.startswith(TEMPLATES):
+            lines = lines[:end]
+            break
+    # 1. prompts
     prompts: tuple[list[str], list[str]] = [], []
     negative = False
-    for line in map(str.strip, text.strip().split("\n")[:-1]):
+    for line in map(str.strip, lines[:-1]):
         if line.startswith("Negative prompt:"):
             negative, line = True, line.removeprefix("Negative prompt:").strip()
         prompts[negative].append(line)
-    return "\n".join(prompts[0]), "\n".join(prompts[1])
+    # 2. keys
+    line, at, pairs, keys = lines[-1], 0, 0, {}
+    while at < len(line):
+        key = RECIPE_KEY.match(line, at)
+        start = key.end() if key else at
+        end = line.find(",", start) % (len(line) + 1)  # the line's where there is no comma
+        name, value = (key[1], line[start:end].strip()) if key else (line[start:end].strip(), "")
+        if key and line[start : start + 1] in ('"', "[", "{"):
+            with suppress(ValueError, RecursionError):
+                parsed, stop = json.JSONDecoder().raw_decode(line, start)
+                if after := re.compile(r"\s*(?=,|$)").match(line, stop):
+                    end, value = after.end(), parsed if isinstance(parsed, str) else line[start:stop]
+        if name and keys.setdefault(name, value) != value:
+            keys[f"{name} again"] = value
+        at, pairs = end + 1, pairs + bool(key)
+    return *map("\n".join, prompts), keys if pairs >= 3 and next(iter(keys)) == "Steps" else {}
 
 
 def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any]], list[str]]:
@@ -3150,8 +3367,8 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
 
     Raises InvalidInput for a text that is no recipe; the values are the fields' to check.
     """
-    keys = recipe_line(text)
-    if keys is None:
+    prompt, negative_prompt, keys = parse_recipe(text)
+    if not keys:
         raise InvalidInput(
             "parameters must be a picture's generation data: its last line begins with Steps and holds at least three "
             '"key: value" pairs, such as "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 1024x1024"'
@@ -3159,116 +3376,132 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
     own, warnings = keys.pop("Version", "") == RECIPE_VERSION, []
     for note in RECIPE_NOTES:
         keys.pop(note, None)
+    if absent := [key for key in ("Sampler", "CFG scale", "Seed", "Size") if key not in keys]:
+        warnings.append(f"the recipe names no {', '.join(absent)}: the job's other fields or their defaults stand")
     # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
-    prompt, negative_prompt = recipe_prompts(text)
-    fields: dict[str, tuple[str, Any]] = {
-        "prompt": ("prompt", keys.pop("Exact prompt", prompt)),
-        "negative_prompt": ("negative prompt", keys.pop("Exact negative prompt", negative_prompt)),
-    }
+    prompt, loras, missing = recipe_models(keys, keys.pop("Exact prompt", prompt), settings)
+    negative_prompt = keys.pop("Exact negative prompt", negative_prompt)
+    if missing:
+        warnings.append(f"the recipe names models that this worker does not have: {', '.join(missing)}")
     # 2. numbers and words
-    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
-    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
-    size = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*", str(keys.get("Size", "")))
-    if size:
-        fields |= {side: ("Size", int(size[i])) for i, side in ((1, "width"), (2, "height"))}
-    elif "Size" in keys:
-        raise InvalidInput(f"parameters: Size must be such as 1024x1024, got {shown(keys['Size'])}")
-    keys.pop("Size", None)
-    clip_skip = as_number(keys.pop("Clip skip", 2))  # A1111's does nothing on SDXL
-    fields["clip_skip"] = "Clip skip", clip_skip if own else 2
-    fields["long_prompt"] = "Long prompt", keys.pop("Long prompt", "concat")
-    rng, emphasis = keys.pop("RNG", "GPU"), str(keys.pop("Emphasis", "Original")).lower()
-    fields["rng"] = "RNG", RECIPE_RNG.get(rng, rng)
+    clip_skip = as_number(keys.pop("Clip skip", "2"))
+    rng, emphasis = keys.pop("RNG", "GPU"), keys.pop("Emphasis", "original").lower()
     if emphasis not in EMPHASES:
         warnings.append(f"the recipe's Emphasis {shown(emphasis)} is not here: original was taken")
         emphasis = "original"
-    fields["emphasis"] = "Emphasis", emphasis
+    fields: dict[str, tuple[str, Any]] = {
+        "prompt": ("prompt", prompt),
+        "negative_prompt": ("negative prompt", negative_prompt),
+        "loras": ("Civitai resources", loras),
+        "clip_skip": ("Clip skip", clip_skip if own else 2),  # A1111's does nothing on SDXL
+        "rng": ("RNG", RECIPE_RNG.get(rng, rng)),
+        "emphasis": ("Emphasis", emphasis),
+        "long_prompt": ("Long prompt", keys.pop("Long prompt", "concat")),
+    }
+    numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
+    fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
+    if "Size" in keys:
+        width, _, height = keys.pop("Size").partition("x")
+        fields |= {"width": ("Size's width", as_number(width)), "height": ("Size's height", as_number(height))}
     # 3. sampler and schedule
     if "Sampler" in keys:
         sampler, schedule = keys.pop("Sampler"), keys.pop("Schedule type", None)
         if sampler == "DDIM" and not own:
             schedule = "Uniform"  # A1111's, which knows no other; alone it would be diffusers'
         try:
-            sampling = read_sampling(sampler, schedule)
-        except InvalidInput:
-            sampling = read_sampling(sampler, field="parameters: Sampler")
-            warnings.append(f"the recipe's Schedule type {shown(schedule)} is not there for {sampling}: left out")
-        fields["scheduler"] = "Sampler", str(sampling)
-    # 4. models
-    resources = keys.pop("Civitai resources", None)
-    resources = [item for item in resources if isinstance(item, dict)] if isinstance(resources, list) else []
-    fields["loras"] = "Civitai resources", recipe_loras(keys, resources, fields["prompt"][1], settings, warnings)
-    warnings += other_models(keys, resources, settings)
-    # 5. the rest
+            sampler = str(read_sampling(sampler, schedule))
+        except InvalidInput:  # where it is for the sampler, the field's check says so
+            if schedule:
+                warnings.append(f"the recipe's Schedule type {shown(schedule)} is not here for {shown(sampler)}")
+        fields["scheduler"] = "Sampler", sampler
+    # 4. the rest
     if keys:
-        warnings.append(
-            f"of the recipe, this worker leaves out: {', '.join(f'{key} {shown(keys[key])}' for key in keys)}"
-        )
+        rest = ", ".join(f"{key} {shown(value)}" if value else shown(key) for key, value in keys.items())
+        warnings.append(f"of the recipe, this worker leaves out: {rest}")
     return fields, warnings
 
 
-def as_number(value: Any) -> Any:
+def as_number(value: str) -> int | float | str:
     """The number that a recipe's value spells, else the value: "20" -> 20, "4.5" -> 4.5, "big" -> "big"."""
     for kind in (int, float):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError):
             return kind(value)
     return value
 
 
-def recipe_loras(
-    keys: dict[str, Any], resources: list[dict[str, Any]], prompt: Any, settings: Settings, warnings: list[str]
-) -> list[dict[str, Any]]:
-    """The LoRAs that a recipe names, as the field `loras` takes them, apart from <lora:…> tags of the stack's own
-    names, which the prompt carries: by version id, else by hash. Takes its keys."""
-    by_version = {version_id(config): name for name, config in settings.stack.items()}
-    by_name = stack_names(settings)
-    tags = dict(split_lora_tags(prompt)[1]) if isinstance(prompt, str) else {}
-    chosen: dict[str, Any] = {}
-    for item in resources:
-        if str(item.get("type", "")).lower() not in ("lora", "lycoris", "locon", "dora"):
-            continue
-        version, name = str(item.get("modelVersionId", "")), str(item.get("modelName", ""))
+def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """What a recipe says of models, and takes its keys: the prompt, LoRAs by version id as the field `loras` takes
+    them, and what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
+    stack, missing = settings.stack, []
+    listed: dict[str, Any] = {}
+    for key in ("Civitai resources", "Hashes"):  # what cannot be read is left among the keys
+        with suppress(KeyError, ValueError, RecursionError):
+            listed[key] = json.loads(keys[key])
+            del keys[key]
+    # 1. by version id
+    loras, checkpoints = {}, {}
+    by_version = {version_id(config): adapter for adapter, config in stack.items()}
+    resources = listed.get("Civitai resources", [])
+    for item in resources if isinstance(resources, list) else [resources]:
+        model = item if isinstance(item, dict) else {"modelName": item}
+        version, weight = model.get("modelVersionId"), model.get("weight")
+        version = str(version) if isinstance(version, int | str) else ""
         if version in by_version:
-            chosen[by_version[version]] = item.get("weight", 1.0)
+            loras[by_version[version]] = 1.0 if weight is None else weight
+        elif model.get("type") in ("checkpoint", "model"):
+            checkpoints[version] = model.get("modelName")
         else:
-            warnings.append(f"the recipe's LoRA {shown(name)} (model version {shown(version)}) is not in the stack")
-    hashes = dict(re.findall(r"([^,:]+): *([0-9a-fA-F]{8,})", str(keys.pop("Lora hashes", ""))))
-    for name, digits in ((name.strip(), digits.lower()) for name, digits in hashes.items()):
-        if sanitize_name(name) in by_name or name not in tags:
-            continue
-        for adapter, config in settings.stack.items():
-            path = settings.lora_dir / config["filename"]
-            if path.is_file() and digits[:10] in (addnet_hash(path)[:10], (recorded_sha256(path) or "")[:10]):
-                chosen.setdefault(adapter, tags[name])
-    return [{"name": name, "scale": scale} for name, scale in chosen.items()]
-
-
-def other_models(keys: dict[str, Any], resources: list[dict[str, Any]], settings: Settings) -> list[str]:
-    """Warnings for a checkpoint or VAE that is not this worker's. Takes their keys."""
-    checkpoint, warnings = settings.checkpoint, []
-    versions = [str(item.get("modelVersionId")) for item in resources if item.get("type") in ("checkpoint", "model")]
-    name, digits = str(keys.pop("Model", "")), str(keys.pop("Model hash", "")).lower()
-    known_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
-    same = version_id(checkpoint) in versions or (digits and digits == known_hash)
-    same = same or sanitize_name(name) in (
-        sanitize_name(checkpoint["name"]),
-        sanitize_name(Path(checkpoint["filename"]).stem),
+            named = [shown(model[name]) for name in ("type", "modelName", "modelVersionId") if name in model]
+            missing.append(" ".join(named))
+    # 2. LoRAs by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
+    hashes = dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop("Lora hashes", "").split(",") if ":" in pair)
+    noted = listed.get("Hashes")
+    for key, digits in noted.items() if isinstance(noted, dict) else ():
+        kind, _, name = key.partition(":")
+        if kind in ("lora", "lyco"):
+            hashes.setdefault(name, digits if isinstance(digits, str) else "")
+        elif kind == "model" and isinstance(digits, str):
+            keys.setdefault("Model hash", digits)
+        elif kind != "vae":
+            missing.append(shown(key))
+    known, by_hash = stack_names(settings), {}
+    unknown = [name for name in hashes if sanitize_name(name) not in known]
+    for adapter, config in stack.items() if unknown else ():
+        file = settings.lora_dir / config["filename"]
+        if file.is_file():
+            by_hash |= dict.fromkeys((addnet_hash(file)[:10], checkpoint_hash(file)), adapter)
+    by_hash.pop("", None)
+    renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
+    tags = dict(split_lora_tags(prompt)[1])
+    for name in hashes:
+        if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras:
+            missing.append(f"LoRA {shown(name)}, which the prompt does not use")
+    prompt = LORA_TAG.sub(
+        lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
     )
-    if (name or digits or versions) and not same:
-        wanted = name or digits or f"model version {versions[0]}"
-        warnings.append(
-            f"the recipe was made with the checkpoint {shown(wanted)}, this worker has {checkpoint['name']}"
-        )
-    vae = str(keys.pop("VAE", ""))
-    if (
-        vae
-        and vae not in ("None", "Automatic", Path(settings.vae_model).name)
-        and not re.match("sdxl[-_ ]vae", vae, re.I)
-    ):
-        warnings.append(
-            f"the recipe was made with the VAE {shown(vae)}, this worker has {Path(settings.vae_model).name}"
-        )
-    return warnings
+    missing += other_models(keys, checkpoints, settings)
+    return prompt, [{"name": name, "scale": scale} for name, scale in loras.items()], missing
+
+
+def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Settings) -> list[str]:
+    """A recipe's checkpoint and VAE where this worker has others, by version id (version -> name), else by hash, else
+    by name. Takes their keys."""
+    checkpoint, missing = settings.checkpoint, []
+    name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
+    own_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
+    if checkpoints:
+        same, name = version_id(checkpoint) in checkpoints, name or next(iter(checkpoints.values()))
+    elif own_hash and len(digits) >= len(own_hash):
+        same = digits.startswith(own_hash)
+    else:
+        names = [sanitize_name(text) for text in (checkpoint["name"], Path(checkpoint["filename"]).stem)]
+        same = not (name or digits) or sanitize_name(name) in names
+    if not same:
+        missing.append(f"checkpoint {shown(name or digits)} (here it is {checkpoint['name']})")
+    own_vae = Path(settings.vae_model).name
+    if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
+        missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
+    return missing
 
 
 @functools.cache
@@ -3283,7 +3516,6 @@ def addnet_hash(file: Path) -> str:
         return ""
 
 
-@functools.cache
 def checkpoint_hash(file: Path) -> str:
     """A1111's hash of a checkpoint: 10 digits of its SHA256, "" where the store has none on record."""
     try:
@@ -3295,7 +3527,6 @@ def checkpoint_hash(file: Path) -> str:
 
 def hash_models(files: ModelFiles) -> None:
     """Computes the hashes ahead of the first job that writes them; to be run in the background."""
-    checkpoint_hash(files.checkpoint)
     for file in files.loras.values():
         addnet_hash(file)
 
@@ -3380,6 +3611,8 @@ def job_bucket(job: Mapping[str, Any], settings: Settings) -> Bucket | None:
     missing = [key for key in keys if not (isinstance(given.get(key), str) and given[key].strip())]
     if missing:
         raise UploadFailed(f"s3Config needs {', '.join(keys)} as text; missing: {', '.join(missing)}")
+    if not is_address(given["endpointUrl"].strip()):
+        raise UploadFailed("s3Config's endpointUrl must be an address such as https://s3.eu-central-1.amazonaws.com")
     return Bucket(*(given[key].strip() for key in keys))
 
 
@@ -3582,7 +3815,7 @@ class JobRequest:
             given, ["parameters", *(name for key, spec in declared.items() for name in (key, *spec["also"]))]
         )
         given, warnings = dict(given), []
-        if "sampler_name" in given and "scheduler" in given:  # A1111's two, since its version 1.9
+        if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
             sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
             given["sampler"] = str(sampling)
         recipe: dict[str, tuple[str, Any]] = {}
@@ -3608,8 +3841,8 @@ class JobRequest:
             if clean != values[name]:
                 warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
             values[name] = clean
-            if recipe_line(clean):
-                raise InvalidInput(f"{name} ends in a picture's generation data: give the whole text as parameters")
+            if parse_recipe(clean)[2]:
+                raise InvalidInput(f"{name} ends in a picture's generation data: give that text, once, as parameters")
             try:
                 parse_prompt(clean)
             except InvalidInput as error:
@@ -3643,7 +3876,7 @@ def choose_loras(
 ) -> dict[str, float]:
     """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags."""
     stack, known = settings.stack, stack_names(settings)
-    chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
+    chosen, unknown = {name: config["scale"] for name, config in stack.items()} if listed is None else {}, []
     for name, scale in listed or []:
         adapter = known.get(sanitize_name(name))
         if adapter is None:
@@ -3654,9 +3887,16 @@ def choose_loras(
     for name, scale in split_lora_tags(prompt)[1]:
         adapter = known.get(sanitize_name(name))
         if adapter is None:
-            warnings.append(f"<lora:{name}> was left out: the stack holds {', '.join(stack) or 'no LoRA'}")
+            unknown.append(name)
         else:
-            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name}>", scale)
+            chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
+    if unknown:
+        such = (
+            f"<lora:{unknown[0][:40]}> was"
+            if len(unknown) == 1
+            else f"{len(unknown)} tags, <lora:{unknown[0][:40]}> first, were"
+        )
+        warnings.append(f"{such} left out: the stack holds {', '.join(stack) or 'no LoRA'}")
     return chosen
 
 
@@ -3796,8 +4036,9 @@ def describe(
     request: JobRequest, engine: Engine, loras: Mapping[str, float], conditioning: Conditioning
 ) -> dict[str, Any]:
     """The answer's metadata, apart from times."""
-    settings, failed = engine.settings, engine.stack.failed
-    left_out = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
+    of_loras = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    of_loras += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
     return request.described() | {
         "seeds": request.seeds,
         "prompt_chunks": conditioning.prompt_chunks,
@@ -3807,7 +4048,7 @@ def describe(
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
         "loras": [{"name": name, "scale": scale} for name, scale in loras.items()],
         "loras_failed": [{"name": name, "error": reason} for name, reason in failed.items()],
-        "warnings": [*request.warnings, *conditioning.warnings, *left_out],
+        "warnings": [*request.warnings, *conditioning.warnings, *of_loras],
     }
 
 

@@ -5,19 +5,24 @@ A redesign of handler.py then has this file to mend, not the tests. tests/test_s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 import handler
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent  # the folder that models for tests are cached in
 
 
 def set(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
@@ -135,22 +140,36 @@ def compile_unet(pipe: Any, backend: str) -> None:
     handler.compile_unet(pipe, backend)
 
 
-def import_libraries() -> None:
-    """Imports what a pipeline needs, as a start does: the benchmark of cold starts times it alone."""
-    handler.import_libraries()
-
-
-def build_pipeline(settings: handler.Settings, checkpoint: Path, dtype: Any) -> Any:
-    """The pipeline in host memory: the benchmark of cold starts ends where it would move to a GPU."""
-    return handler.build_pipeline(settings, checkpoint, dtype)
-
-
 def load_in_float16() -> None:
     """Pipelines are loaded in float16 without a GPU too, where the full size would take 22 GB."""
     import torch
 
     build = handler.build_pipeline
     handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
+
+
+# --- LoRAs
+
+adapter_names = handler.adapter_names  # which adapter a LoRA of the table is, without loading a stack
+
+LoraStack = handler.LoraStack  # LoraStack(pipe, files).apply(scales); failed, warnings, embeddings, applied
+LORA_COMPONENTS = tuple(handler.LORA_COMPONENTS)  # the models that files may change: each is tried
+
+
+def changed_tensors(stack: handler.LoraStack) -> set[str]:
+    """The tensors that the stack's LoRAs change, "unet.conv_in.weight"."""
+    return {*stack.targets}  # set is another function here
+
+
+def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales: Mapping[str, float]) -> None:
+    """Merges plain LoRAs, adapter name -> (up, down, alpha / rank), into the weight of a single layer."""
+    target = handler.Target(layer, "weight", layer.weight.detach().clone())
+    for name, (up, down, scaling) in shares.items():
+        target.shares[name] = handler.Share(handler.low_rank, {"up": up, "down": down}, scaling, None)
+    with torch.no_grad():
+        target.settle(on_gpu=False)
+        [rank_scales] = handler.scale_ranks([target], scales, "cpu")
+        target.merge(scales, rank_scales, "cpu")
 
 
 # --- prompts
@@ -163,6 +182,100 @@ split_lora_tags = handler.split_lora_tags  # as above
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
     """How a job cuts a prompt, in pieces with their tokens: for its speed, and for the tokens of long words."""
     return handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, long_prompt)
+
+
+# --- sampling
+
+SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]  # all that k-diffusion has
+SCHEDULES = list(handler.SCHEDULES)  # so that none goes untried
+SAMPLING_NAMES = sorted({str(name) for name in handler.spelled_samplings().values()})  # what the README lists
+OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"]  # the official worker\'s names
+OFFICIAL += ["DPMSolverMultistep", "DPMSolverSinglestep"]
+
+
+def sampling_name(sampler: Any, schedule: Any = None) -> str:
+    """The one name of a sampler and a schedule, however they are spelled. Raises InvalidInput."""
+    return str(handler.read_sampling(sampler, schedule))
+
+
+def diffusers_scheduler(name: str, config: Any, steps: int) -> Any:
+    """diffusers' own scheduler behind one of the names that stay diffusers'."""
+    return handler.build_diffusers_scheduler(name, config, steps)
+
+
+def philox_normal(seed: int, draw: int, count: int) -> torch.Tensor:
+    """The draw-th float32 (count,) of a seed's numbers as CUDA draws them."""
+    return torch.from_numpy(handler.philox_normal(seed, draw, count))
+
+
+def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterator[torch.Tensor], Callable[[], None]]:
+    """The noise that draw(i) gives for i from 0 to count - 1, drawn in the background; what waits for its thread."""
+    pool = ThreadPoolExecutor(1)
+    taken = handler.drawn_ahead(pool, [lambda i, _: draw(i)], [(i, i) for i in range(count)], "cpu")
+    return taken, lambda: pool.submit(int).result()
+
+
+def scheduler(name: str, steps: int) -> Any:
+    """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
+    return handler.Scheduler(handler.read_sampling(name), steps)
+
+
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """What draws a seed's next numbers."""
+    return handler.normal_stream(rng, seed, shape)
+
+
+def walk_tree(rng: str, name: str, steps: int, shape: tuple[int, ...]) -> None:
+    """Draws all the noise of an image whose sampler walks a Brownian tree."""
+    requests, sigmas = scheduler(name, steps).noise_requests, scheduler(name, steps).sigmas
+    tree = handler.BrownianTree(rng, 1, sigmas[sigmas > 0].min().item(), sigmas.max().item(), shape)
+    for request in requests:
+        tree.noise(*request)
+
+
+@contextlib.contextmanager
+def formula_engine(network: Callable[[Any, Any], Any], **config: Any) -> Iterator[handler.Engine]:
+    """The engine with a formula in the UNet's place, network(scaled x, time) -> eps or v; config: what else the
+    checkpoint's scheduler knows."""
+    engine = handler.WORKER.engine()
+    with patch.object(engine.pipe.unet, "forward", lambda x, time, **_: (network(x, time),)):
+        yield dataclasses.replace(engine, scheduler_config={**engine.scheduler_config, **config})
+
+
+def denoise(
+    engine: handler.Engine, name: str, steps: int, seeds: list[int], rng: str = "cpu", delta: int = 0
+) -> torch.Tensor:
+    """The latents (n, 4, 8, 8) of the denoising loop, without guidance and on empty prompts."""
+    request = SimpleNamespace(scheduler=name, steps=steps, seeds=seeds, num_images=len(seeds), rng=rng)
+    request.width = request.height = 64
+    request.guidance_scale, request.eta_noise_seed_delta = 1.0, delta
+    config = engine.pipe.unet.config
+    pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    embeds = torch.zeros(1, 77, config.cross_attention_dim)
+    conditioning = handler.Conditioning(embeds, None, pooled, None, 1, 0, ())
+    return handler.denoise(engine, request, conditioning, handler.Observer())
+
+
+def progress(**fields: Any) -> list[tuple[int, int]]:
+    """The (step, steps) that an observer of a small job is told."""
+    seen: list[tuple[int, int]] = []
+    observer = handler.Observer()
+    observer.step = lambda step, steps: seen.append((step, steps))
+    handler.run_job({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
+    return seen
+
+
+# --- recipes
+
+quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.split_lora_tags)  # no text may be slow
+
+
+def recipe_of(request: handler.JobRequest) -> str:
+    """The recipe that a job's first image carries: thousands of jobs without a picture each."""
+    config = settings()
+    checkpoint = handler.NamedModel.of(config.checkpoint, "0123456789")
+    loras = [handler.NamedModel.of(config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
+    return handler.write_recipe(request, request.seed, Path(config.vae_model).name, checkpoint, loras)
 
 
 # --- images
@@ -208,7 +321,7 @@ def field_names() -> list[str]:
 
 def posted(run: Any, job: dict[str, Any]) -> tuple[bytes, bool]:
     """The body that the queue's loop posts for what `run` makes of a job, and whether the worker then ends."""
-    return handler.run_to_body(run, job, handler.Observer())
+    return handler.JobLoop(run, Future()).run_to_body(job, handler.Observer())
 
 
 # --- queue
@@ -238,6 +351,26 @@ def import_sdk() -> None:
     handler.import_sdk()
 
 
-def scheduler_names() -> list[str]:
-    """All samplers that a job may ask for."""
-    return list(dict.fromkeys([*handler.SAMPLERS, *handler.DIFFUSERS_SAMPLERS]))
+# --- pipeline
+
+
+def begin_start(settings: handler.Settings) -> Callable[[], Path]:
+    """The first part of a cold start, which the benchmark times alone: files beside imports; gives the checkpoint."""
+    files = handler.in_background(handler.fetch_models, settings)
+    sdk = handler.in_background(handler.import_sdk)
+    handler.import_libraries()
+    sdk.result()
+    return lambda: files.result().checkpoint
+
+
+def build_pipeline(settings: handler.Settings, checkpoint: Path) -> Any:
+    """The bare checkpoint's pipeline in float16, which on a machine without a GPU no start builds."""
+    return handler.build_pipeline(settings, checkpoint, handler.torch.float16)
+
+
+COMPILED_BLOCKS = handler.COMPILED_BLOCKS  # to count what torch.compile made
+
+
+def load_engine() -> handler.Engine:
+    """What a start makes of the environment: the pipeline and all that belongs to it."""
+    return handler.Engine.load(handler.Settings.from_environ())

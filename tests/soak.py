@@ -38,7 +38,7 @@ def random_job(dice: random.Random, loras: list[str]) -> tuple[dict[str, Any], s
         "steps": dice.randint(1, 3),
         "seed": dice.randrange(2**32),
         "guidance_scale": dice.choice((1, 4.5, 7.0)),
-        "scheduler": dice.choice(seams.scheduler_names()),
+        "scheduler": dice.choice(seams.SAMPLING_NAMES),
         "clip_skip": dice.choice((1, 2, 2, 4)),
         "long_prompt": dice.choice(("blend", "concat", "truncate")),
         "num_images": dice.choice((1, 1, 1, 2)),

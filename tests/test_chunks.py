@@ -201,7 +201,7 @@ def test_merges_as_the_slow_tokenizer(tokenizer, word):
         "!" * 10_000,
         "," * 10_000,
         "\u200b " * 5_000,
-        "(a" * 5_000,
+        "(a)" * 3_333,
         "e\u0301" * 5_000,
         "a" + "\u0301\u0323" * 5_000,
         "".join(map(chr, range(0x4E00, 0x4E00 + 10_000))),

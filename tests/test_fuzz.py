@@ -27,7 +27,7 @@ from world import API_KEY, World, build_world  # noqa: E402
 import handler  # noqa: E402
 
 BASE = {"prompt": "a cat", "width": 256, "height": 256, "steps": 1}
-FIELDS = [*seams.field_names(), "Promt", "", "\ud800"]
+FIELDS = [*seams.field_names(), "parameters", "Promt", "", "\ud800"]
 CHEAP = {"width": 320, "height": 320, "steps": 2, "num_inference_steps": 2, "num_images": 2, "batch_size": 2}
 NUMBERS = (
     *(0, 1, -1, 2, 12, 30, 75, 256, 257, 2048, 2056, 2**31, 2**32 - 1, 2**32, 2**63, 10**40, -(10**5000), 10**308),

@@ -54,10 +54,10 @@ def test_official_schedulers_are_known(name):
     assert seams.parse({"prompt": "a", "scheduler": name}).scheduler == name
 
 
-def test_klms_is_refused_with_a_way_out():
-    """KLMS needs SciPy: the refusal says so and names K_EULER."""
+def test_klms_is_refused_with_the_nearest():
+    """The official worker's KLMS is not a name here: the refusal names LMS."""
     error = refusal({"prompt": "a", "scheduler": "KLMS"})
-    assert "SciPy" in error and "K_EULER" in error
+    assert "scheduler must be a sampler of this worker, got 'KLMS'" in error and '"LMS"' in error
 
 
 def test_null_negative_prompt_is_refused_with_the_rule():
@@ -79,7 +79,14 @@ def test_a1111_fields_without_a_counterpart_are_refused_by_name(field):
     assert next(iter(field)) in refusal({"prompt": "a", **field})
 
 
-def test_a1111_pair_of_sampler_and_schedule_is_refused():
-    """A1111's two fields are one here: both together are refused with both names."""
-    error = refusal({"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Karras"})
-    assert "scheduler and sampler_name are the same field" in error
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "name"),
+    [
+        *(("DPM++ 2M", "Karras", "DPM++ 2M Karras"), ("DPM++ SDE", "karras", "DPM++ SDE Karras")),
+        *(("DPM++ 2M", "automatic", "DPM++ 2M Karras"), ("Euler a", "Automatic", "Euler a")),
+        ("DPM++ 2M Karras", "Automatic", "DPM++ 2M Karras"),
+    ],
+)
+def test_a1111_pair_of_sampler_and_schedule(sampler, schedule, name):
+    """A1111 1.9's two fields are one here; its Automatic is the sampler's own schedule, Karras for DPM++ 2M."""
+    assert seams.parse({"prompt": "a", "sampler_name": sampler, "scheduler": schedule}).scheduler == name

@@ -41,9 +41,9 @@ def tensors(conditioning):
     )
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, most=1e-5):
     for a, b in zip(found, expected, strict=True):
-        assert oracle.relative(a, b) < 1e-5
+        assert oracle.relative(a, b) < most
 
 
 @pytest.fixture
@@ -249,7 +249,8 @@ def test_tensors_against_the_oracle(pipe, encoder, mode, seed):
     prompt, negative = random_prompt(rng, 60), rng.choice(["", random_prompt(rng, 40)])
     clip_skip, emphasis = rng.choice([2, 2, 1, 3, 12]), rng.choice(["no norm", "original"])
     found = encode(encoder, prompt, negative, long_prompt=mode, clip_skip=clip_skip, emphasis=emphasis)
-    assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip, emphasis))
+    most = 1e-4 if emphasis == "original" else 1e-5  # it divides by a mean that may be near zero
+    assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip, emphasis), most)
     assert found.prompt_chunks == len(oracle.chunks(pipe, prompt)) and not found.warnings
     assert found.negative_prompt_chunks == (len(oracle.chunks(pipe, negative)) if negative else 0)
 

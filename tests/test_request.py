@@ -128,7 +128,7 @@ def test_other_names(name, also):
     """A field is taken under its other name, refused under both, and named as the caller named it."""
     value = "Euler a" if name == "scheduler" else 2
     assert getattr(parse(**{also: value}), name) == value
-    if also != "sampler_name":  # with scheduler, A1111's sampler and schedule type: see test_migration
+    if also != "sampler_name":  # beside scheduler it is A1111's pair: see test_migration
         assert refusal(**{name: value, also: value}) == f"{name} and {also} are the same field: give one of them"
     assert refusal(**{also: []}).startswith(f"{also} must be")
 

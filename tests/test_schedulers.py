@@ -1,260 +1,341 @@
-"""Schedulers: each name gives the sampler it says, at any number of steps, whatever the job before asked for."""
+"""Sampling: k-diffusion's last latents from the seed alone, by every sampler and schedule, whatever else is in a batch.
 
-import inspect
+The oracle is k-diffusion with torchsde (kdiffusion.py) on a network that is a formula. The worker runs its own loop:
+diffusers' pipeline with the formula in the UNet's place.
+"""
+
 import re
+import threading
 from pathlib import Path
 
 import diffusers
+import kdiffusion
 import pytest
+import seams
 import torch
+from kdiffusion import Network, error
 
 import handler
 
-STEPS = (1, 2, 5, 24, 50, 150)
-SPREAD = 0.7  # standard deviation of the data that the ideal denoiser was "trained" on
-SDXL = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "interpolation_type": "linear",
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "use_karras_sigmas": False,
-    "clip_sample": False,
-    "trained_betas": None,
-}  # stabilityai/stable-diffusion-xl-base-1.0, scheduler/scheduler_config.json
+SEEDS = [7, 8]
+README = Path(__file__).parent.parent / "README.md"
+ODE = [name for name in kdiffusion.FUNCTIONS if name not in kdiffusion.SDE]
 
 
-@pytest.fixture(scope="module")
-def base():
-    """The configuration of SDXL's own scheduler, as a pipeline holds it."""
-    return diffusers.EulerDiscreteScheduler.from_config(SDXL).config
+@pytest.fixture
+def formula(pipe):
+    """The worker's engine with the formula in the UNet's place."""
+    with seams.formula_engine(Network()) as engine:
+        yield engine
 
 
-def noise_level(scheduler, timestep: float) -> torch.Tensor:
-    """Sigma at a timestep, between the trained ones too."""
-    sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().log()
-    below = int(timestep)
-    return torch.lerp(sigmas[below], sigmas[min(below + 1, 999)], timestep - below).exp()
+def gpu_stream(seed: int, shape: tuple[int, ...]) -> kdiffusion.Stream:
+    """A1111's default RNG: each draw counts up in Philox's counter."""
+    draws = iter(range(10**6))
+    return lambda: seams.philox_normal(seed, next(draws), torch.Size(shape).numel()).view(shape)
 
 
-def sample(scheduler, steps: int, seed: int = 0) -> torch.Tensor:
-    """Denoises 4,096 numbers with the ideal denoiser of Gaussian data: what comes out is spread as the data is."""
+# ---------------------------------------------------------------------------------------------------------------------
+# what k-diffusion gives
+
+
+@pytest.mark.parametrize("schedule", seams.SCHEDULES)
+@pytest.mark.parametrize("sampler", kdiffusion.FUNCTIONS)
+def test_every_sampler_with_every_schedule_is_k_diffusions(formula, sampler, schedule):
+    """Few and many steps, one too; relative error at most 1e-4, with a Brownian tree 1e-3."""
+    for steps in (1, 8) if sampler in ODE else (1, 4):
+        ours = seams.denoise(formula, seams.sampling_name(sampler, schedule), steps, SEEDS[:1])
+        theirs = kdiffusion.run(sampler, schedule, steps, SEEDS[:1])
+        assert error(ours, theirs) < (1e-4 if sampler in ODE else 1e-3), steps
+
+
+@pytest.mark.parametrize("sampler", kdiffusion.FUNCTIONS)
+def test_many_steps_are_k_diffusions(formula, sampler):
+    """150, the most that a job may ask for; 40 where torchsde's trees would take the test's time."""
+    steps = 150 if sampler in ODE else 40
+    ours = seams.denoise(formula, f"{sampler} Karras", steps, SEEDS[:1])
+    assert error(ours, kdiffusion.run(sampler, "Karras", steps, SEEDS[:1])) < (1e-4 if sampler in ODE else 1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["Uniform", "Karras", "SGM Uniform", "Simple"])
+def test_lcm_is_a1111s(formula, schedule):
+    """LCM on its 50 levels, whose own scalings the worker leaves out."""
+    for steps in (1, 4, 60):
+        ours = seams.denoise(formula, seams.sampling_name("LCM", schedule), steps, SEEDS)
+        assert error(ours, kdiffusion.run_lcm(schedule, steps, SEEDS)) < 1e-4
+
+
+def test_ddim_with_a_schedule_type_is_a1111s(formula):
+    """Which ends at t = 1, and for step counts that do not divide 1000 takes one more than those that do."""
+    for steps in (2, 20, 24, 150):
+        ours = seams.denoise(formula, "DDIM Uniform", steps, SEEDS)
+        assert error(ours, kdiffusion.run_ddim(steps, SEEDS)) < 1e-4, steps
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ 2S a", "DPM++ 3M SDE"])
+@pytest.mark.usefixtures("pipe")
+def test_the_checkpoints_prediction_type_and_zero_snr(sampler, prediction_type):
+    """A v-prediction checkpoint with a zero terminal SNR is sampled as one: its σ go up to 4,519."""
+    root = kdiffusion.alphas_cumprod().sqrt()
+    alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alphas[-1] = 4.8973451890853435e-08
+    for levels, zero_snr in ((None, False), (alphas, True)):
+        network = Network(prediction_type, levels)
+        config = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
+        with seams.formula_engine(network, **config) as engine:
+            ours = seams.denoise(engine, sampler, 6, SEEDS[:1])
+        theirs = kdiffusion.run(sampler, "Uniform", 6, SEEDS[:1], network)
+        assert error(ours, theirs) < (1e-4 if sampler in ODE else 1e-3), zero_snr
+
+
+@pytest.mark.parametrize("name", [*seams.OFFICIAL, "UniPC", "DEIS", "PLMS"])
+@pytest.mark.parametrize("steps", [1, 5, 24])
+def test_official_names_give_diffusers_own_results(formula, name, steps):
+    """From float32 noise, on the checkpoint's own spacing; one step starts in the noise all the same."""
+    kinds = {"K_EULER": "EulerDiscreteScheduler", "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler"}
+    config = formula.scheduler_config
+    if name in kinds:
+        extra = {"timestep_spacing": "trailing"} if steps == 1 else {}
+        scheduler = getattr(diffusers, kinds[name]).from_config(config, **extra)
+    else:
+        scheduler = seams.diffusers_scheduler(name, config, steps)
     scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 4, 32, 32, generator=generator) * scheduler.init_noise_sigma
-    kwargs = {"generator": [generator]} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for timestep in scheduler.timesteps:
-        sigma = noise_level(scheduler, float(timestep))
-        alpha = (1 + sigma**2).rsqrt()
-        model_input = scheduler.scale_model_input(x, timestep)
-        eps = model_input * sigma * alpha / (alpha**2 * SPREAD**2 + sigma**2 * alpha**2)
-        x = scheduler.step(eps, timestep, x, **kwargs, return_dict=False)[0]
-    return x
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
+    options = {"generator": generators} if name == "K_EULER_ANCESTRAL" else {}
+    x, network = x * scheduler.init_noise_sigma, Network()
+    for time in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, time), time)
+        x = scheduler.step(output, time, x, **options, return_dict=False)[0]
+    # one K_EULER step starts at noise · √(1 + σ²), diffusers' trailing spacing at noise · σ: 0.23 % apart
+    assert error(seams.denoise(formula, name, steps, SEEDS), x) < (3e-3 if name in kinds and steps == 1 else 2e-5)
 
 
-@pytest.mark.parametrize("name", handler.SCHEDULERS)
-def test_every_scheduler_removes_the_noise(base, name):
-    """Finite at every number of steps; at 50 the result has the data's spread, so scale and formulas are right."""
-    for steps in STEPS:
-        x = sample(handler.build_scheduler(name, base, steps), steps)
-        assert torch.isfinite(x).all(), steps
-        if steps == 50 and name != "LCM":  # which draws from a distilled model only
-            assert x.std().item() == pytest.approx(SPREAD, abs=0.09)
+# ---------------------------------------------------------------------------------------------------------------------
+# noise
 
 
-@pytest.mark.parametrize("name", handler.SCHEDULERS)
-def test_one_step_starts_in_the_noise(base, name):
-    """A single step takes the whole noise away: the mean of the data, not a picture of noise."""
-    scheduler = handler.build_scheduler(name, base, 1)
-    assert sample(scheduler, 1).std().item() < 0.1
-    assert float(scheduler.timesteps[0]) >= 990
+def test_philox_is_cudas():
+    """Seed 0 begins as on every card; the seed's upper word, the draw and the element each count."""
+    begin = torch.tensor([-0.92466259, -0.42534415, -2.6438457, 0.14518388])
+    assert torch.allclose(seams.philox_normal(0, 0, 4), begin, rtol=0, atol=1e-7)
+    assert torch.equal(seams.philox_normal(0, 0, 4096)[:4], seams.philox_normal(0, 0, 4))
+    many = torch.stack([seams.philox_normal(seed, draw, 4096) for seed in (5, 5 + 2**32) for draw in (0, 1)])
+    assert torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.06
+    assert many.mean().abs() < 0.03 and abs(many.std() - 1) < 0.02
 
 
-def karras(scheduler, steps: int) -> torch.Tensor:
-    """k-diffusion's get_sigmas_karras with A1111's rho of 7."""
-    low, high = (noise_level(scheduler, t).double() ** (1 / 7) for t in (0, 999))
-    return torch.cat([(high + torch.linspace(0, 1, steps).double() * (low - high)) ** 7, torch.zeros(1)])
+def philox_words(seed: int, draw: int, element: int) -> list[int]:
+    """Philox 4x32-10 in whole numbers, after the paper's figure."""
+    a, b, c, d = draw, 0, element, 0
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    for i in range(10):
+        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
+        first, second = (low + i * 0x9E3779B9) & 0xFFFFFFFF, (high + i * 0xBB67AE85) & 0xFFFFFFFF
+        a, b, c, d = right >> 32 ^ b ^ first, right & 0xFFFFFFFF, left >> 32 ^ d ^ second, left & 0xFFFFFFFF
+    return [a, b, c, d]
 
 
-def k_diffusion_dpmpp_2m(x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """k-diffusion's sample_dpmpp_2m on the ideal denoiser; x has the variance of sigmas[0]."""
-    previous = None
-    for i in range(len(sigmas) - 1):
-        denoised = x * SPREAD**2 / (SPREAD**2 + sigmas[i] ** 2)
-        h = sigmas[i].log() - sigmas[i + 1].log()
-        extrapolated = denoised
-        if previous is not None and sigmas[i + 1] > 0:
-            r = (sigmas[i - 1].log() - sigmas[i].log()) / h
-            extrapolated = (1 + 1 / (2 * r)) * denoised - previous / (2 * r)
-        x = sigmas[i + 1] / sigmas[i] * x - (-h).expm1() * extrapolated
-        previous = denoised
-    return x
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**33 - 2])
+def test_philox_by_whole_numbers(seed):
+    """The vectorised rounds and Box-Muller are those of a plain computation, for seeds of more than 32 bits too."""
+    drawn = seams.philox_normal(seed, 3, 200)
+    for element in (0, 1, 199):
+        r0, r1, *_ = philox_words(seed, 3, element)
+        u, v = (r0 + 0.5) / 2**32, (r1 + 0.5) / 2**32
+        expected = (-2 * torch.tensor(u).double().log()).sqrt() * torch.tensor(2 * torch.pi * v).double().sin()
+        assert drawn[element].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("steps", [2, 5, 24, 150])
-def test_the_default_is_a1111s_dpmpp_2m_karras(base, steps):
-    """DPM++ 2M Karras runs on k-diffusion's sigmas and gives k-diffusion's result."""
-    scheduler = handler.build_scheduler(handler.DEFAULT_SCHEDULER, base, steps)
-    scheduler.set_timesteps(steps)
-    sigmas = karras(scheduler, steps)
-    assert torch.allclose(scheduler.sigmas.double(), sigmas, rtol=1e-5)
-    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    ours = x.clone()
-    for i, timestep in enumerate(scheduler.timesteps):
-        sigma = sigmas[i]
-        ours = scheduler.step(ours * sigma * (1 + sigma**2).sqrt() / (SPREAD**2 + sigma**2), timestep, ours)[0]
-    theirs = k_diffusion_dpmpp_2m(x * (1 + sigmas[0] ** 2).sqrt(), sigmas)
-    assert torch.allclose(ours, theirs, atol=1e-4)
+@pytest.mark.parametrize("rng", ["cpu", "gpu"])
+@pytest.mark.parametrize("delta", [0, 31337, 2**32 - 1])
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE"])
+def test_rng_and_ensd(formula, sampler, delta, rng):
+    """Later steps go on with the image's stream, or with that of seed + ENSD, which is not reduced to 32 bits; a
+    Brownian tree is the seed's own, its nodes from the same source of noise."""
+    stream = kdiffusion.cpu_stream if rng == "cpu" else gpu_stream
+    ours = seams.denoise(formula, sampler, 3, [2**32 - 1], rng, delta)
+    assert error(ours, kdiffusion.run(sampler, "Uniform", 3, [2**32 - 1], stream=stream, delta=delta)) < 1e-4
 
 
-@pytest.mark.parametrize("steps", [2, 5, 24, 150])
-@pytest.mark.parametrize("name", ["Euler", "Euler a", "Heun", "DPM2", "DPM2 a"])
-def test_plain_names_start_and_end_where_a1111_does(base, name, steps):
-    """A1111's uniform sigmas: the network's timesteps evenly from 999 to 0, then no noise."""
-    scheduler = handler.build_scheduler(name, base, steps)
-    scheduler.set_timesteps(steps)
-    expected = torch.stack([noise_level(scheduler, t) for t in torch.linspace(999, 0, steps).tolist()])
-    for sigma in expected:
-        assert torch.isclose(scheduler.sigmas, sigma, rtol=2e-3).any()
-    assert scheduler.sigmas[0] == pytest.approx(expected[0].item(), rel=1e-4) and scheduler.sigmas[-1] == 0
+@pytest.mark.parametrize("sampler", [*seams.SAMPLERS, "UniPC", "PLMS", "K_EULER_ANCESTRAL"])
+def test_an_image_of_a_batch_is_that_of_its_seed_alone(formula, sampler):
+    """Bit for bit, for the formula's own arithmetic knows no batch."""
+    batch = seams.denoise(formula, sampler, 4, [5, 6, 7])
+    assert torch.equal(batch[1:2], seams.denoise(formula, sampler, 4, [6]))
+    assert not torch.equal(batch[0], batch[2])
 
 
-@pytest.mark.parametrize("name", [name for name in handler.SCHEDULERS if name.endswith(("Karras", "Exponential"))])
-def test_karras_and_exponential_span_all_sigmas(base, name):
-    """From the highest trained sigma to the lowest, as in k-diffusion, not from where SDXL's own spacing begins."""
-    scheduler = handler.build_scheduler(name, base, 24)
-    scheduler.set_timesteps(24)
-    assert scheduler.sigmas[0] == pytest.approx(noise_level(scheduler, 999).item(), rel=1e-3)
-    lowest = scheduler.sigmas[scheduler.sigmas > 0].min()
-    assert lowest == pytest.approx(noise_level(scheduler, 0).item(), rel=1e-2)
+@pytest.mark.parametrize("sampler", seams.SAMPLERS)
+def test_a_run_leaves_nothing_to_the_next(formula, sampler):
+    """The same job twice gives the same bits, whatever ran between."""
+    first = seams.denoise(formula, sampler, 3, [5])
+    seams.denoise(formula, "DPM++ SDE Karras", 2, [6, 7], rng="gpu")
+    assert torch.equal(seams.denoise(formula, sampler, 3, [5]), first)
 
 
-@pytest.mark.parametrize("name", handler.SCHEDULERS)
-def test_the_checkpoints_prediction_type_stays(name):
-    """A v-prediction checkpoint with a zero terminal SNR is sampled as one, and its configuration is left as it was."""
-    config = diffusers.EulerDiscreteScheduler.from_config(
-        {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    ).config
-    before = dict(config)
-    built = handler.build_scheduler(name, config, 24)
-    assert built.config.prediction_type == "v_prediction"
-    assert built.config.get("rescale_betas_zero_snr", True) is True
-    assert dict(config) == before
-
-
-def test_no_scheduler_alters_the_next(base):
-    """After any other scheduler has run, the default one gives the same numbers."""
-    first = sample(handler.build_scheduler(handler.DEFAULT_SCHEDULER, base, 5), 5)
-    for name in handler.SCHEDULERS:
-        sample(handler.build_scheduler(name, base, 2), 2)
-        assert torch.equal(first, sample(handler.build_scheduler(handler.DEFAULT_SCHEDULER, base, 5), 5)), name
-
-
-@pytest.mark.parametrize("name", handler.SCHEDULERS)
-def test_noise_of_a_batch_is_each_images_own(base, name):
-    """Ancestral and SDE samplers draw each image's noise from its generator: image 1 of a batch is image 1 alone."""
+def test_noise_is_drawn_ahead_in_one_other_thread():
+    """Four steps ahead and no more, in order; a failure there is raised where the noise is taken."""
     drawn = []
-    for seeds in ([7, 8], [8]):
-        scheduler = handler.build_scheduler(name, base, 4)
-        scheduler.set_timesteps(4)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
-        kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        for timestep in scheduler.timesteps:
-            x = scheduler.step(0.5 * x, timestep, x, **kwargs, return_dict=False)[0]
-        drawn.append(x[-1])
-    assert torch.allclose(*drawn, atol=1e-5)
+
+    def draw(i: int) -> torch.Tensor:
+        drawn.append((i, threading.current_thread()))
+        if i == 8:
+            raise MemoryError
+        return torch.full((2,), float(i))
+
+    taken, wait = seams.drawn_ahead(draw, 10)
+    wait()
+    assert [i for i, _ in drawn] == [0, 1, 2, 3]
+    assert [next(taken).tolist() for _ in range(8)] == [[[i, i]] for i in range(8)]
+    wait()
+    assert {thread for _, thread in drawn} == {drawn[0][1]} != {threading.current_thread()}
+    with pytest.raises(MemoryError):
+        next(taken)
 
 
-def one_name_a_class() -> list[str]:
-    """The first name of each class and algorithm."""
-    first = {(kind, extra.get("algorithm_type")): name for name, (kind, extra) in reversed(handler.SCHEDULERS.items())}
-    return sorted(first.values())
+def test_latents_are_float32_around_a_float16_unet(pipe, monkeypatch):
+    """The UNet is given its own type and what it answers is taken in float32; what float16 costs is its rounding."""
+    seen = set()
+
+    def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        seen.add(x.dtype)
+        return Network()(x.float(), time).half()
+
+    monkeypatch.setattr(type(pipe.unet), "dtype", torch.float16)
+    for name in ("DPM++ 2M Karras", "UniPC"):
+        with seams.formula_engine(network) as engine:
+            half = seams.denoise(engine, name, 12, SEEDS)
+        with seams.formula_engine(Network()) as engine:
+            assert error(half, seams.denoise(engine, name, 12, SEEDS)) < 2e-3
+        assert half.dtype == torch.float32
+    assert seen == {torch.float16}
 
 
-class Steps(handler.Observer):
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-
-    def step(self, step: int, steps: int) -> None:
-        self.seen.append((step, steps))
+# ---------------------------------------------------------------------------------------------------------------------
+# names
 
 
-def job(scheduler: str, observer: handler.Observer, **fields) -> dict:
-    fields = {"prompt": "a cat", "width": 256, "height": 256, "steps": 3, "seed": 7, **fields}
-    return handler.run_job({"id": "test", "input": {**fields, "scheduler": scheduler}}, observer)
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "name"),
+    [
+        ("DPM++ 2M Karras", None, "DPM++ 2M Karras"),
+        (" dpm++ 2m KARRAS ", None, "DPM++ 2M Karras"),
+        ("DPM++ 2M", "Karras", "DPM++ 2M Karras"),
+        ("DPM++ 2M Karras", "karras", "DPM++ 2M Karras"),
+        ("DPM++ 2M Karras", "Automatic", "DPM++ 2M Karras"),
+        ("DPM++ 2M", "Automatic", "DPM++ 2M Karras"),
+        ("DPM++ 2M", None, "DPM++ 2M"),
+        ("DPM++ 2M", "Uniform", "DPM++ 2M"),
+        ("DPM++ 3M SDE", "automatic", "DPM++ 3M SDE Exponential"),
+        ("Euler a", "Automatic", "Euler a"),
+        ("LCM", "Automatic", "LCM"),
+        ("dpmpp_2m", "karras", "DPM++ 2M Karras"),
+        ("dpmpp_2m_sde_heun", "sgm_uniform", "DPM++ 2M SDE Heun SGM Uniform"),
+        ("dpmpp_2s_ancestral", "normal", "DPM++ 2S a"),
+        ("dpmpp_3m_sde_gpu", "exponential", "DPM++ 3M SDE Exponential"),
+        ("dpm_2_ancestral", "kl_optimal", "DPM2 a KL Optimal"),
+        ("euler_ancestral", "simple", "Euler a Simple"),
+        ("euler", "Align Your Steps", "Euler Align Your Steps"),
+        ("uni_pc", None, "UniPC"),
+        ("UniPC", "Automatic", "UniPC"),
+        ("k_euler", None, "K_EULER"),
+        ("K_EULER_ANCESTRAL", "Automatic", "K_EULER_ANCESTRAL"),
+        ("DDIM", None, "DDIM"),
+        ("DDIM", "Uniform", "DDIM Uniform"),
+        ("ddim", "karras", "DDIM Karras"),
+    ],
+)
+def test_spellings(sampler, schedule, name):
+    """A1111's names joined and apart, ComfyUI's and the official worker's; each name is understood as itself."""
+    assert seams.sampling_name(sampler, schedule) == name
+    assert seams.sampling_name(name) == name
+
+
+def test_every_name_is_its_own():
+    """No two samplings share a name, whole or in any case."""
+    names = [seams.sampling_name(sampler, schedule) for sampler in seams.SAMPLERS for schedule in seams.SCHEDULES]
+    names += [*seams.OFFICIAL, "UniPC", "DEIS", "PLMS"]
+    assert len({name.lower() for name in names}) == len(names)
+    assert [seams.sampling_name(name.upper()) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "nearest"),
+    [
+        ("DPM++ 2M Kerras", None, "DPM++ 2M Karras"),
+        ("DPM++ 2M", "beta", "DPM++ 2M"),
+        ("DPM++ 2M Karras", "Exponential", "DPM++ 2M Karras"),
+        ("UniPC", "Karras", "UniPC"),
+        ("K_EULER", "Karras", "K_EULER"),
+        ("KLMS", None, "LMS"),
+        ("DPM fast", None, "DPM++ 2M"),
+        ("dpm_adaptive", "karras", "DPM++ 2M Karras"),
+        ("Restart", None, "Heun Karras"),
+        ("", None, "DPM++ 2M Karras"),
+        ("x" * 100_000, None, "DPM++ 2M Karras"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(sampler, schedule, nearest):
+    """InvalidInput of one short sentence that quotes what was given and names three at most."""
+    with pytest.raises(seams.refused()) as caught:
+        seams.sampling_name(sampler, schedule)
+    message = str(caught.value)
+    assert f'"{nearest}"' in message and 1 <= message.split("nearest: ")[1].count('"') / 2 <= 3
+    assert len(message) < 250
+
+
+def test_the_readme_lists_what_there_is():
+    """In the table between its <!-- schedulers --> markers every name is understood, and none is missing."""
+    section = re.search(r"<!-- schedulers -->(.*?)<!-- /schedulers -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    listed = {"DDIM " + schedule for schedule in seams.SCHEDULES}  # which stand in the sentence below the table
+    for samplers, schedules in re.findall(r"^\| (`.*) \| (none.*) \|$", section[1], re.MULTILINE):
+        for sampler in re.findall(r"`([^`]+)`", samplers):
+            listed |= {seams.sampling_name(sampler, schedule) for schedule in re.findall(r"`([^`]+)`", schedules)}
+            listed.add(seams.sampling_name(sampler))
+    assert sorted(listed) == seams.SAMPLING_NAMES
+
+
+@pytest.mark.parametrize("given", [5, None, True, ["Euler"], {"a": 1}])
+def test_a_name_is_text(given):
+    """Anything else is InvalidInput."""
+    with pytest.raises(seams.refused(), match="scheduler must be text, got"):
+        seams.sampling_name(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jobs
+
+
+def job(**fields):
+    """A small job's answer."""
+    fields = {"prompt": "a cat", "width": 256, "height": 256, "steps": 2, "seed": 7, **fields}
+    return handler.handler({"id": "test", "input": fields})
 
 
 @pytest.mark.usefixtures("pipe")
-@pytest.mark.parametrize("name", one_name_a_class())
-def test_jobs_run_with_every_class(name):
-    """Each class gives a picture, progress ends at the steps asked for, and the next job is not altered."""
-    control = job(handler.DEFAULT_SCHEDULER, handler.Observer())["images"]
-    steps = Steps()
-    answer = job(name, steps)
-    assert "error" not in answer and answer["metadata"]["scheduler"] == name
-    assert [step for step, _ in steps.seen] == sorted(step for step, _ in steps.seen)
-    assert steps.seen[-1] == (3, 3) and all(total == 3 for _, total in steps.seen)
-    assert job(handler.DEFAULT_SCHEDULER, handler.Observer())["images"] == control
+@pytest.mark.parametrize("name", [*seams.SAMPLERS, "UniPC", "PNDM", "K_EULER_ANCESTRAL"])
+def test_jobs_run_with_every_sampler(name):
+    """A picture comes back, under the sampler's name."""
+    answer = job(scheduler=name)
+    assert len(answer["images"]) == 1 and answer["metadata"]["scheduler"] == name
 
 
-OFFICIAL = {"PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"}
+@pytest.mark.usefixtures("pipe")
+def test_jobs_draw_their_noise_as_they_say():
+    """rng changes every picture, ENSD those whose later steps draw noise."""
+    plain = {name: job(scheduler=name)["images"] for name in ("Euler", "Euler a")}
+    assert all(job(scheduler=name, rng="gpu")["images"] != plain[name] for name in plain)
+    assert job(scheduler="Euler", eta_noise_seed_delta=31337)["images"] == plain["Euler"]
+    assert job(scheduler="Euler a", eta_noise_seed_delta=31337)["images"] != plain["Euler a"]
+    assert job(scheduler="Euler a")["images"] == plain["Euler a"]
 
 
-def test_the_official_workers_names_are_known():
-    """A job for RunPod's own SDXL worker names a scheduler that this one knows."""
-    assert set(handler.SCHEDULERS) >= OFFICIAL
-
-
-@pytest.mark.parametrize("name", sorted(OFFICIAL))
-def test_official_names_space_the_steps_as_there(base, name):
-    """K_EULER and the like keep the checkpoint's own spacing, so that a client sees the same picture as before."""
-    kind = handler.SCHEDULERS[name][0]
-    theirs = getattr(diffusers, kind).from_config(base)
-    ours = handler.build_scheduler(name, base, 24)
-    theirs.set_timesteps(24)
-    ours.set_timesteps(24)
-    assert torch.equal(ours.timesteps, theirs.timesteps)
-
-
-@pytest.mark.parametrize("given", ["DPM++ 2M Karras", "dpm++ 2m karras", " DPM++ 2M KARRAS "])
-def test_capitals_do_not_matter(given):
-    """Names are taken in any case, and metadata gets the one spelling."""
-    assert handler.scheduler_name("scheduler", given) == "DPM++ 2M Karras"
-    assert len({name.lower() for name in handler.SCHEDULERS}) == len(handler.SCHEDULERS)
-
-
-@pytest.mark.parametrize("given", ["KLMS", "klms", "LMS", "LMS Karras"])
-def test_lms_is_refused_with_its_reason(given):
-    """KLMS needs SciPy: the sentence says so and names what to take instead."""
-    with pytest.raises(handler.InvalidInput, match=f"sampler {given} needs SciPy.*K_EULER"):
-        handler.scheduler_name("sampler", given)
-
-
-@pytest.mark.parametrize("given", ["DPM++ 2M Kerras", "", 5, None, True, ["Euler"]])
-def test_unknown_names_are_refused(given):
-    """Anything else is InvalidInput; a misspelt name gets the nearest as a hint."""
-    with pytest.raises(handler.InvalidInput) as caught:
-        handler.scheduler_name("scheduler", given)
-    assert ("did you mean" in str(caught.value)) == (given == "DPM++ 2M Kerras")
-
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_readme_lists_exactly_these():
-    """The README's table between its <!-- schedulers --> markers, each sampler with each of its schedules, is the
-    table of handler.py."""
-    section = re.search(r"<!-- schedulers -->(.*?)<!-- /schedulers -->", README, re.DOTALL)
-    listed = []
-    for samplers, schedules in re.findall(r"^\| (`.*) \| (.*) \|$", section[1], re.MULTILINE):
-        assert schedules.startswith("none"), "every sampler goes by its plain name too"
-        listed += re.findall(r"`([^`]+)`", samplers)
-        listed += [f"{a} {b}" for a in re.findall(r"`([^`]+)`", samplers) for b in re.findall(r"`([^`]+)`", schedules)]
-    assert sorted(listed) == sorted(handler.SCHEDULERS)
+@pytest.mark.usefixtures("pipe")
+@pytest.mark.parametrize(("name", "calls"), [("Euler", 4), ("Heun", 7), ("DPM++ SDE Karras", 7), ("DPM2", 7)])
+def test_progress_ends_at_the_steps_asked_for(name, calls):
+    """Also where the network is called twice a step."""
+    seen = seams.progress(scheduler=name, steps=4)
+    assert len(seen) == calls and seen[-1] == (4, 4)
+    assert seen == sorted(seen)

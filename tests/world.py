@@ -415,10 +415,6 @@ def write_lora(
 
 
 BAD_LORAS = (
-    "loha",
-    "lokr",
-    "mid",
-    "dora",
     "sd15",
     "flux",
     "half",
@@ -446,23 +442,18 @@ def write_bad_lora(path: Path, kind: str, size: str = "tiny") -> Path:
 
 
 def bad_tensors(good: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Kind -> tensors that are not those of a plain SDXL LoRA, or broken; made from a good file's."""
+    """Kind -> tensors that are not those of an SDXL LoRA, or broken; made from a good file's."""
     ups = [name for name in good if name.endswith("lora_up.weight")]
-    first, last = ups[0].removesuffix(".lora_up.weight"), ups[-1]
-    square, alpha = np.ones((4, 4), np.float16), {f"{first}.alpha": np.float16(2)}
+    last = ups[-1]
     one_value = np.arange(good[last].size).reshape(good[last].shape) == 0
     sd15 = "lora_unet_down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_k"  # named after diffusers' blocks
     return {
-        "loha": {f"{first}.hada_{part}": square for part in ("w1_a", "w1_b", "w2_a", "w2_b")} | alpha,
-        "lokr": {f"{first}.lokr_w1": square, f"{first}.lokr_w2": square} | alpha,
-        "mid": good | {f"{first}.lora_mid.weight": square},
-        "dora": good | {name.replace("lora_up.weight", "dora_scale"): good[name][:, :1] for name in ups},
         "sd15": kohya_module(sd15.format(0), 320, 768) | kohya_module(sd15.format(1), 640, 768),
         "flux": kohya_module("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072),
         "half": {name: tensor for name, tensor in good.items() if name != last},
         "nan": good | {last: np.where(one_value, np.float16("nan"), good[last])},
         "inf": good | {last: np.where(one_value, np.float16("inf"), good[last])},
-        "no_keys": {"model.weight": square},
+        "no_keys": {"model.weight": np.ones((4, 4), np.float16)},
     }
 
 

@@ -40,19 +40,14 @@ def start(way: str) -> None:
         began, marks[phase] = time.monotonic(), time.monotonic() - began
 
     if way == "worker":  # as serve_queue and load_pipeline do
-        files = seams.in_background(seams.fetch_models, settings)
-        sdk = seams.in_background(seams.import_sdk)
-        seams.import_libraries()
-        sdk.result()
+        checkpoint_of = seams.begin_start(settings)
     import_all()
     mark("imports")
     checkpoint = settings.checkpoint_dir / settings.checkpoint["filename"]
     if way == "worker":
-        checkpoint = files.result().checkpoint
+        checkpoint = checkpoint_of()
     mark("files")
-    import torch
-
-    pipe = seams.build_pipeline(settings, checkpoint, torch.float16)
+    pipe = seams.build_pipeline(settings, checkpoint)
     mark("pipeline")
     touch(pipe)
     mark("bytes")

@@ -1,8 +1,9 @@
-"""What a LoRA stack costs: handler.LoraStack beside diffusers' load_lora_weights, set_adapters and fuse_lora.
+"""What a LoRA stack costs: the worker's beside diffusers' load_lora_weights, set_adapters and fuse_lora.
 
     python tests/benchmarks/lora.py                 full size, float16, nine LoRAs over all 986 modules: 5 minutes
     python tests/benchmarks/lora.py --cpu-time      CPU seconds of one thread: for a machine that others use too
     python tests/benchmarks/lora.py --size tiny --repeat 1
+    python tests/benchmarks/lora.py --kind loha     LoHa files; also lokr and dora: the worker alone, diffusers has none
 
 Both ways run in turn on fresh pipelines of the same checkpoint, in one process. A CUDA device is used where there is
 one. Checkpoint and LoRAs are in memory before the clock runs: reading a disk would cost both ways the same.
@@ -22,25 +23,45 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import diffusers  # noqa: E402
+import seams  # noqa: E402
 import torch  # noqa: E402
-from world import Lora, World, build_world, write_lora  # noqa: E402
-
-import handler  # noqa: E402
+from world import Lora, Noise, World, build_world, lora_keys, lora_targets, write_lora, write_tensors  # noqa: E402
 
 Seconds = defaultdict[str, list[float]]
 
 
-def write_loras(world: World, count: int, rank: int) -> dict[str, Path]:
-    """LoRAs over every module that Kohya's trainer reaches, adapter name -> file."""
-    lora = Lora(rank, rank / 2, handler.LORA_COMPONENTS, "linear")
-    files = {f"lora_{n}": world.folder / f"benchmark_{rank}_{n}.safetensors" for n in range(count)}
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def write_loras(world: World, count: int, rank: int, kind: str) -> dict[str, Path]:
+    """Files over every module that Kohya's trainer reaches, adapter name -> file."""
+    lora = Lora(rank, rank / 2, PARTS, "linear")
+    files = {f"lora_{n}": world.folder / f"benchmark_{kind}_{rank}_{n}.safetensors" for n in range(count)}
     for seed, file in enumerate(files.values()):
-        if not file.exists():
-            write_lora(file, "kohya", lora, world.size, strength=0.05, seed=seed)
+        if file.exists():
+            continue
+        write_lora(file, "kohya", lora, world.size, strength=0.05, seed=seed)
+        if kind != "lora":
+            write_kind(file, world, kind, rank, seed)
     return files
+
+
+def write_kind(file: Path, world: World, kind: str, rank: int, seed: int) -> None:
+    """The same layers as LoHa, LoKr or DoRA."""
+    noise, tensors = Noise(seed, world.size), {}
+    for target in lora_targets(world.size, PARTS, "linear"):
+        layer = lora_keys(target, "kohya")[2].removesuffix(".alpha")
+        rows, columns = target.shape
+        shapes = {
+            "loha": {f"hada_w{n}_{s}": (rows, rank) if s == "a" else (rank, columns) for n in (1, 2) for s in "ab"},
+            "lokr": {"lokr_w1": (8, 8), "lokr_w2_a": (rows // 8, rank), "lokr_w2_b": (rank, columns // 8)},
+            "dora": {"lora_up.weight": (rows, rank), "lora_down.weight": (rank, columns), "dora_scale": (rows, 1)},
+        }[kind]
+        tensors |= {f"{layer}.{part}": noise.normal(f"{layer}.{part}", shape, 0.05) for part, shape in shapes.items()}
+    write_tensors(file, tensors)
 
 
 def build_pipe(world: World, dtype: torch.dtype) -> Any:
@@ -49,7 +70,7 @@ def build_pipe(world: World, dtype: torch.dtype) -> Any:
     pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
         str(world.checkpoint), config=str(world.config), vae=vae, torch_dtype=dtype, add_watermarker=False
     )
-    for component in handler.LORA_COMPONENTS:
+    for component in PARTS:
         for parameter in getattr(pipe, component).parameters():
             parameter.data = parameter.data.clone()
     return pipe
@@ -67,7 +88,7 @@ def measure(seconds: Seconds, name: str, function: Callable[..., Any], *args: An
 
 def run_worker(pipe: Any, files: dict[str, Path], scales: dict[str, float], seconds: Seconds) -> None:
     """The worker's way, with a job's changes of the stack."""
-    stack = measure(seconds, "read", handler.LoraStack, pipe, files)
+    stack = measure(seconds, "read", seams.LoraStack, pipe, files)
     assert not stack.failed, stack.failed
     pipe.to(DEVICE)
     measure(seconds, "merge", stack.apply, scales)
@@ -87,15 +108,17 @@ def run_diffusers(pipe: Any, files: dict[str, Path], scales: dict[str, float], s
         pipe.set_adapters(list(scales), list(scales.values()))
 
     measure(seconds, "read", load)
-    measure(seconds, "merge", pipe.fuse_lora, components=list(handler.LORA_COMPONENTS))
+    measure(seconds, "merge", pipe.fuse_lora, components=list(PARTS))
 
 
-def compare(world: World, files: dict[str, Path], dtype: torch.dtype, repeat: int) -> tuple[Seconds, Seconds]:
-    """Seconds of the worker's way and of diffusers', one after the other in every round."""
+def compare(
+    world: World, files: dict[str, Path], dtype: torch.dtype, repeat: int, alone: bool
+) -> tuple[Seconds, Seconds]:
+    """Seconds of the worker's way and, unless it is alone, of diffusers', one after the other in every round."""
     scales = {name: 0.5 + n / 10 for n, name in enumerate(files)}
     ours, theirs = defaultdict(list), defaultdict(list)
     for _ in range(repeat):
-        for run, seconds in ((run_worker, ours), (run_diffusers, theirs)):
+        for run, seconds in ((run_worker, ours), (run_diffusers, theirs))[: 1 if alone else 2]:
             run(build_pipe(world, dtype), files, scales, seconds)
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the next pipeline would not fit into 20 GB
@@ -106,16 +129,19 @@ def report(ours: Seconds, theirs: Seconds) -> str:
     """The table: medians, lowest and highest."""
 
     def cell(values: list[float]) -> str:
+        if not values:
+            return ""
         return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
     def row(name: str, mine: list[float], plain: list[float]) -> str:
-        return f"| {name} | {cell(mine)} | {cell(plain)} | {statistics.median(plain) / statistics.median(mine):.1f}x |"
+        times = f"{statistics.median(plain) / statistics.median(mine):.1f}x" if plain else ""
+        return f"| {name} | {cell(mine)} | {cell(plain)} | {times} |"
 
     both = [[sum(pair) for pair in zip(s["read"], s["merge"], strict=True)] for s in (ours, theirs)]
     jobs = {"change one": "one scale changed", "none": "no LoRAs", "back": "the stack again", "in force": "no change"}
     return "\n".join(
         [
-            "| nine LoRAs | worker | diffusers | |",
+            "| | worker | diffusers | |",
             "|---|---|---|---|",
             row("read and resolved (load_lora_weights, set_adapters)", ours["read"], theirs["read"]),
             row("merged and ready (with fuse_lora)", *both),
@@ -134,6 +160,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("tiny", "full"), default="full")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--loras", type=int, default=9)
+    parser.add_argument("--kind", choices=("lora", "loha", "lokr", "dora"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
@@ -143,15 +170,16 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     world = build_world(TESTS / ".cache", options.size)
-    files = write_loras(world, options.loras, options.rank)
+    files = write_loras(world, options.loras, options.rank, options.kind)
     size = sum(len(file.read_bytes()) for file in files.values())
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}; {options.dtype}, {options.size} size"
     )
-    print(f"{options.loras} LoRAs of rank {options.rank}, {size / 1e9:.2f} GB; medians of {options.repeat} rounds")
+    print(f"{options.loras} files ({options.kind}, rank {options.rank}), {size / 1e9:.2f} GB; {options.repeat} rounds")
     print(f"seconds by {CLOCK.__name__}")
-    print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat)))
+    alone = options.kind != "lora"
+    print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat, alone)))
 
 
 if __name__ == "__main__":

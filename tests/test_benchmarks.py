@@ -1,0 +1,21 @@
+"""The benchmarks run: small, on whatever machine the tests are on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(300)
+def test_the_gpu_benchmark_runs_without_a_gpu() -> None:
+    """Small, on this machine: four ways, each with its row."""
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    run = subprocess.run([sys.executable, script, "--small"], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"^\| (\w.*?) \| 1 \| \d+\.\d\d \(", run.stdout, re.MULTILINE)
+    assert rows == ["bare checkpoint", "2 unfused adapters", "worker", "worker, compiled"]
+    assert "is not GPU work" in run.stdout
