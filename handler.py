@@ -1208,10 +1208,11 @@ class Download:
             try:
                 url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
                 with self.store.get(url, stall_s=LISTING_S) as response:
-                    if response.status_code == 200:
-                        body = read_body(response, 16 * MIB, LISTING_S)
-                        return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
-                    why = f"it answered {response.status_code}{self.store.said_by_civitai(response)}"
+                    refusal = "" if response.status_code == 200 else self.store.said_by_civitai(response)
+                    body = read_body(response, 16 * MIB, LISTING_S)
+                if response.status_code != 200:
+                    raise Fault(f"it answered {response.status_code}{refusal}")
+                return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
             except Fault as fault:
                 why = str(fault)
             except ValueError:
