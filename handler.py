@@ -2061,6 +2061,7 @@ MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
+MANY_STATES = 2_000  # of a prompt, above which equal ones are joined before they are compared
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
@@ -2435,8 +2436,17 @@ def merge_alike(states: Any, most: int) -> Any:
     """
     count, device = len(states), states.device
     group = torch.arange(count, device=device)  # state -> row of its mean in what follows
-    sizes, norms = torch.ones_like(states[:, 0]), states.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
-    likeness = (states @ states.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
+    sizes, means = torch.ones_like(states[:, 0]), states
+    if count > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
+        equal = states.unique(dim=0, return_inverse=True)[1]
+        first = torch.full_like(group, count).scatter_reduce_(0, equal, group, "amin")[equal]
+        joined = (first != group).nonzero().flatten()[most - count :]
+        left = torch.ones_like(group).index_fill_(0, joined, 0).nonzero().flatten()
+        group = group.index_copy(0, joined, first[joined])
+        sizes, means, count = torch.bincount(group, minlength=count)[left].to(sizes), states[left], len(left)
+        group = torch.full_like(group, -1).index_copy_(0, left, torch.arange(count, device=device))[group]
+    norms = means.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
+    likeness = (means @ means.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
     likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
     likeness.fill_diagonal_(-math.inf)
     while count > most:
@@ -3230,15 +3240,18 @@ def build_diffusers_scheduler(name: str, config: Mapping[str, Any], steps: int) 
 
 
 @contextmanager
-def float32_outside(unet: Any) -> Iterator[None]:
-    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type."""
-    into = unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
-    out_of = unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
+def float32_outside(pipe: Any) -> Iterator[None]:
+    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type. In
+    the end the pipeline has its own scheduler again, and with it nothing of the run's tensors."""
+    own_scheduler = pipe.scheduler
+    into = pipe.unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
+    out_of = pipe.unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
     try:
         yield
     finally:
         into.remove()
         out_of.remove()
+        pipe.scheduler = own_scheduler
 
 
 @dataclass(frozen=True)
@@ -3286,7 +3299,7 @@ def denoise(
         on_step((step + 1) * stage.run // pipe.num_timesteps)  # Heun takes two a step
         return {}
 
-    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe.unet):
+    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe):
         if sampling.schedule:
             zero_snr = config.get("rescale_betas_zero_snr", False)
             scheduler = Scheduler(sampling, stage.steps, config["prediction_type"], zero_snr, stage.run)
@@ -3901,7 +3914,9 @@ def job_bucket(job: Mapping[str, Any], settings: Settings) -> Bucket | None:
     if missing:
         raise UploadFailed(f"s3Config needs {', '.join(keys)} as text; missing: {', '.join(missing)}")
     if not is_address(given["endpointUrl"].strip()):
-        raise UploadFailed("s3Config's endpointUrl must be an address such as https://s3.eu-central-1.amazonaws.com")
+        raise UploadFailed(
+            "check the bucket's endpoint and name: endpointUrl must be an address such as https://s3.host"
+        )
     return Bucket(*(given[key].strip() for key in keys))
 
 
@@ -4132,7 +4147,7 @@ class JobRequest:
     clip_skip: int = job_field(number(1, 12, whole=True), 2)
     rng: str = job_field(one_of(("cpu", "gpu")), "cpu")
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
-    eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0)
+    eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0, answered=False)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
     loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
     image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)

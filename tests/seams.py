@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,7 +323,7 @@ def field_names() -> list[str]:
 
 def posted(run: Any, job: dict[str, Any]) -> tuple[bytes, bool]:
     """The body that the queue's loop posts for what `run` makes of a job, and whether the worker then ends."""
-    return handler.JobLoop(run, Future()).run_to_body(job, handler.Observer())
+    return handler.run_to_body(run, job, handler.Observer())
 
 
 # --- queue

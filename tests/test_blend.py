@@ -1,6 +1,7 @@
 """build_77_token_tensor: how the states of several chunks become a window of 77, by the contract and by an oracle."""
 
 import math
+import time
 
 import oracle
 import pytest
@@ -197,3 +198,13 @@ def test_what_does_not_fit_is_refused(chunks, counts):
     """No chunks, another number of counts, chunks of other shapes than (1, 77, D), counts that no chunk can have."""
     with pytest.raises(ValueError, match="chunk"):
         blend(chunks, counts)
+
+
+def test_thousands_of_equal_states_end_at_once():
+    """A thousand BREAKs are a thousand equal chunks: their states stay what they are, and take no thousand rounds."""
+    chunk = torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(1))
+    blended = blend([chunk] * 1_100, [1] * 1_100)[0]
+    assert all(any(torch.allclose(state, own) for own in chunk[0]) for state in blended)
+    started = time.process_time()
+    blend([chunk] * 1_100, [1] * 1_100)
+    assert time.process_time() - started < 20
