@@ -943,12 +943,19 @@ class Part:
             for file in (self.data, self.journal):
                 file.unlink(missing_ok=True)
 
+    def check_ours(self) -> None:
+        """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: what
+        we wrote from here on would go into its file, and what we checked would be another's."""
+        if not os.path.samestat(os.fstat(self.bytes.fileno()), self.data.stat()):
+            raise FileNotFoundError(self.data)
+
     def end(self, segment: int) -> int:
         """Where a segment ends."""
         return min((segment + 1) * SEGMENT, self.size)
 
     def take(self) -> deque[int]:
         """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
+        self.check_ours()
         with self.lock:
             longest = min(max(len(self.todo) // (2 * MANY), 1), LONGEST_RUN)
             run: deque[int] = deque()
@@ -1093,7 +1100,7 @@ class Download:
                 self.path.unlink()
             try:
                 if again or problem:
-                    self.fetch(lock)
+                    self.fetch(lock, again)
             except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
                 log.warning("%s: another worker has taken it over", self)
                 time.sleep(LOCK_POLL_S)
@@ -1101,7 +1108,7 @@ class Download:
                     file.unlink(missing_ok=True)
         return again
 
-    def fetch(self, lock: StoreLock) -> None:
+    def fetch(self, lock: StoreLock, again: bool) -> None:
         """Fetches the file, with patience; what comes and fails its checks is thrown away and fetched once more, then
         refused."""
         self.progressed(math.inf)
@@ -1112,6 +1119,8 @@ class Download:
             except Fault as fault:
                 time.sleep(self.bear(fault))
             except WrongFile as wrong:
+                if not again and not self.problem():  # where locks do nothing, another worker has brought it meanwhile
+                    return
                 if refused:
                     raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
                 log.warning("%s: what came %s: fetching it once more", self, wrong)
@@ -1156,6 +1165,7 @@ class Download:
             # 3. the bytes
             self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
             # 4. checks, and its name
+            part.check_ours()
             if problem := content_problem(part.data, self.path.name):
                 raise WrongFile(problem)
             if expected and hashing.result() != expected:
@@ -3195,7 +3205,8 @@ class Scheduler:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         self.span = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()  # of all steps, run or not
         run = run or steps
-        self.sigmas = self.sigmas[-run - 1 :]
+        if run < steps:
+            self.sigmas = self.sigmas[-run - 1 :]
         first = self.sigmas[0]
         self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
         self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)

@@ -204,7 +204,8 @@ def test_thousands_of_equal_states_end_at_once():
     """A thousand BREAKs are a thousand equal chunks: their states stay what they are, and take no thousand rounds."""
     chunk = torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(1))
     blended = blend([chunk] * 1_100, [1] * 1_100)[0]
-    assert all(any(torch.allclose(state, own) for own in chunk[0]) for state in blended)
+    assert torch.equal(blended[0], chunk[0, 0])
+    assert all(min((state - own).abs().max() for own in chunk[0, 1:3]) < 1e-3 for state in blended[1:])
     started = time.process_time()
     blend([chunk] * 1_100, [1] * 1_100)
     assert time.process_time() - started < 20

@@ -60,7 +60,7 @@ def start_light(server, tmp_path):
 def start(start_light, world):
     """Starts workers on the tiny world, without LoRAs."""
     environ = {**world.environ(), "LORAS": ""}
-    return lambda *command, **more: start_light(*(command or (str(ROOT / "handler.py"),)), **environ, **more)
+    return lambda *command, **more: start_light(*(command or (str(ROOT / "handler.py"),)), **(environ | more))
 
 
 @pytest.fixture(scope="module")
