@@ -92,6 +92,7 @@ class Adapters:
 
     def __init__(self, pipe: Any, files: dict[str, Path], scales: dict[str, float]) -> None:
         self.failed: dict[str, str] = {}
+        self.warnings: dict[str, list[str]] = {name: [] for name in files}
         self.applied = scales
         for name, file in files.items():
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
