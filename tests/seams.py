@@ -380,7 +380,7 @@ def load_engine() -> handler.Engine:
 
 # --- pictures
 
-UPSCALERS = list(handler.UPSCALERS)
+UPSCALERS = list(handler.UPSCALERS)  # so that none goes untried
 
 
 def passes(**fields: Any) -> list[tuple[int, int, int, int]]:
