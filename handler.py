@@ -4154,7 +4154,7 @@ class JobRequest:
     guidance_scale: float = job_field(number(1, 30), 4.5, also=("cfg_scale",))
     seed: int = job_field(seed_or_random, None, answered=False)  # the answer has one for each image
     num_images: int = job_field(number(1, 4, whole=True), 1, also=("batch_size",), answered=False)
-    scheduler: str = job_field(sampler_name, "DPM++ 2M Karras", also=("sampler", "sampler_name"))
+    scheduler: str = job_field(sampler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name"))
     clip_skip: int = job_field(number(1, 12, whole=True), 2)
     rng: str = job_field(one_of(("cpu", "gpu")), "cpu")
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
