@@ -121,14 +121,19 @@ SAFETENSOR_QUERY = "type=Model&format=SafeTensor"
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
 
 
-def civitai_url(version_id: int, query: str = SAFETENSOR_QUERY) -> str:
+def civitai_url(version: int | str, query: str = SAFETENSOR_QUERY) -> str:
     """The download address of a Civitai model version."""
-    return f"{CIVITAI}/api/download/models/{version_id}?{query}"
+    return f"{CIVITAI}/api/download/models/{version}?{query}"
 
 
-def lora_config(name: str, version_id: int, scale: float, filename: str) -> dict[str, Any]:
+def lora_config(name: str, version: int, scale: float, filename: str) -> dict[str, Any]:
     """One row of LORA_CONFIGS."""
-    return {"name": name, "url": civitai_url(version_id), "scale": scale, "filename": filename}
+    return {"name": name, "url": civitai_url(version), "scale": scale, "filename": filename}
+
+
+def civitai_config(version: str) -> dict[str, Any]:
+    """The config of a model that is known by its Civitai version id alone."""
+    return {"name": f"civitai_{version}", "url": civitai_url(version), "filename": f"civitai_{version}.safetensors"}
 
 
 CHECKPOINT_CONFIG = {
@@ -150,6 +155,7 @@ LORA_CONFIGS = [
 VAE_MODEL = "madebyollin/sdxl-vae-fp16-fix"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 MAX_LORA_SCALE = 10.0
+EMBEDDING_NAME = r"[\w.-]{1,100}"  # a prompt uses it as a word
 
 
 def version_id(config: Mapping[str, Any]) -> str:
@@ -197,9 +203,13 @@ class Settings:
     civitai_base_url: str
     checkpoint_dir: Path
     lora_dir: Path
+    embedding_dir: Path
     compile_cache_dir: Path
     checkpoint: dict[str, Any]  # as CHECKPOINT_CONFIG
     loras: list[dict[str, Any]]  # as LORA_CONFIGS
+    embeddings: list[dict[str, Any]]  # the same without a scale
+    job_models_bytes: int  # what models that jobs name by id may take of the store
+    job_model_max_bytes: int  # the largest of them
     sdxl_config: str
     vae_model: str
     output_dir: Path
@@ -232,9 +242,13 @@ class Settings:
             civitai_base_url=base_url.rstrip("/"),
             checkpoint_dir=Path(environ.get("CHECKPOINT_DIR") or cache / "checkpoints"),
             lora_dir=Path(environ.get("LORA_DIR") or cache / "loras"),
+            embedding_dir=cache / "embeddings",
             compile_cache_dir=cache / "torch_compile",
             checkpoint=parse_checkpoint(environ.get("CHECKPOINT", "")),
             loras=parse_loras(environ.get("LORAS")),
+            embeddings=parse_embeddings(environ.get("EMBEDDINGS", "")),
+            job_models_bytes=int(parse_number(environ, "JOB_MODELS_GB", 20, 0, 100_000) * 1000 * MB),
+            job_model_max_bytes=int(parse_number(environ, "JOB_MODEL_MAX_MB", 2000, 1, 100_000) * MB),
             sdxl_config=environ.get("SDXL_CONFIG") or SDXL_CONFIG,
             vae_model=environ.get("VAE_MODEL") or VAE_MODEL,
             output_dir=Path(environ.get("OUTPUT_DIR") or "output"),
@@ -302,7 +316,7 @@ def parse_checkpoint(text: str) -> dict[str, Any]:
         return dict(CHECKPOINT_CONFIG)
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {quoted(text)}")
-    return {"name": f"civitai_{text}", "url": civitai_url(int(text)), "filename": f"civitai_{text}.safetensors"}
+    return civitai_config(str(int(text)))
 
 
 def parse_loras(text: str | None) -> list[dict[str, Any]]:
@@ -319,10 +333,24 @@ def parse_loras(text: str | None) -> list[dict[str, Any]]:
                 f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
                 f"such as 135867@1.5,294259; got {quoted(item)}"
             )
-        name = f"civitai_{found[1]}"
-        config = known.get(found[1]) or lora_config(name, int(found[1]), scale, f"{name}.safetensors")
-        loras.append({**config, "scale": scale})
+        version = str(int(found[1]))
+        loras.append({**(known.get(version) or civitai_config(version)), "scale": scale})
     return loras
+
+
+def parse_embeddings(text: str) -> list[dict[str, Any]]:
+    """EMBEDDINGS: "134583@negativeXL_D,250712" -> two configs, the first with the name; the other's is the stem of its
+    file's name at Civitai, which the store knows."""
+    embeddings = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(rf"([0-9]{{1,12}})(?:\s*@\s*({EMBEDDING_NAME}))?", item)
+        if not found:
+            raise SetupFailed(
+                f"EMBEDDINGS must list Civitai version ids with an optional name of letters, digits, _, - and ., "
+                f"such as 134583@negativeXL_D,250712; got {quoted(item)}"
+            )
+        embeddings.append(civitai_config(str(int(found[1]))) | ({"name": found[2]} if found[2] else {}))
+    return embeddings
 
 
 def parse_bucket(environ: Mapping[str, str]) -> Bucket | None:
