@@ -3719,8 +3719,10 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
     if absent := [key for key in ("Sampler", "CFG scale", "Seed", "Size") if key not in keys]:
         warnings.append(f"the recipe names no {', '.join(absent)}: the job's other fields or their defaults stand")
     # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
-    prompt, loras, missing = recipe_models(keys, keys.pop("Exact prompt", prompt), settings)
     negative_prompt = keys.pop("Exact negative prompt", negative_prompt)
+    prompt, loras, embeddings, missing = recipe_models(
+        keys, keys.pop("Exact prompt", prompt), negative_prompt, settings
+    )
     if missing:
         warnings.append(f"the recipe names models that this worker does not have: {', '.join(missing)}")
     # 2. numbers and words
@@ -3733,6 +3735,7 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
         "prompt": ("prompt", prompt),
         "negative_prompt": ("negative prompt", negative_prompt),
         "loras": ("Civitai resources", loras),
+        "embeddings": ("Civitai resources", embeddings),
         "clip_skip": ("Clip skip", clip_skip if own else 2),  # A1111's does nothing on SDXL
         "rng": ("RNG", RECIPE_RNG.get(rng, rng)),
         "emphasis": ("Emphasis", emphasis),
@@ -3770,37 +3773,30 @@ def as_number(value: str) -> int | float | str:
     return value
 
 
-def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """What a recipe says of models, and takes its keys: the prompt, LoRAs by version id as the field `loras` takes
-    them, and what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
-    stack, missing = settings.stack, []
-    listed: dict[str, Any] = {}
+def recipe_models(
+    keys: dict[str, str], prompt: str, negative_prompt: str, settings: Settings
+) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """What a recipe says of models, and takes its keys: the prompt; LoRAs and embeddings by version id, as the fields
+    take them; what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
+    stack, listed = settings.stack, {}
     for key in ("Civitai resources", "Hashes"):  # what cannot be read is left among the keys
         with suppress(KeyError, ValueError, RecursionError):
             listed[key] = json.loads(keys[key])
             del keys[key]
     # 1. by version id
-    loras, checkpoints = {}, {}
-    by_version = {version_id(config): adapter for adapter, config in stack.items()}
-    resources = listed.get("Civitai resources", [])
-    for item in resources if isinstance(resources, list) else [resources]:
-        model = item if isinstance(item, dict) else {"modelName": item}
-        version, weight = model.get("modelVersionId"), model.get("weight")
-        version = str(version) if isinstance(version, int | str) else ""
-        if version in by_version:
-            loras[by_version[version]] = 1.0 if weight is None else weight
-        elif model.get("type") in ("checkpoint", "model"):
-            checkpoints[version] = model.get("modelName")
-        else:
-            named = [shown(model[name]) for name in ("type", "modelName", "modelVersionId") if name in model]
-            missing.append(" ".join(named))
-    # 2. LoRAs by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
-    hashes = dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop("Lora hashes", "").split(",") if ":" in pair)
+    loras, embeddings, checkpoints, missing = recipe_resources(
+        listed.get("Civitai resources", []), f"{prompt} {negative_prompt}", settings
+    )
+    # 2. by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
+    hashes, vectors = (
+        dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop(key, "").split(",") if ":" in pair)
+        for key in ("Lora hashes", "TI hashes")
+    )
     noted = listed.get("Hashes")
     for key, digits in noted.items() if isinstance(noted, dict) else ():
         kind, _, name = key.partition(":")
-        if kind in ("lora", "lyco"):
-            hashes.setdefault(name, digits if isinstance(digits, str) else "")
+        if kind in ("lora", "lyco", "embed"):
+            (vectors if kind == "embed" else hashes).setdefault(name, digits if isinstance(digits, str) else "")
         elif kind == "model" and isinstance(digits, str):
             keys.setdefault("Model hash", digits)
         elif kind != "vae":
@@ -3813,15 +3809,49 @@ def recipe_models(keys: dict[str, str], prompt: str, settings: Settings) -> tupl
             by_hash |= dict.fromkeys((addnet_hash(file)[:10], checkpoint_hash(file)), adapter)
     by_hash.pop("", None)
     renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
-    tags = dict(split_lora_tags(prompt)[1])
+    tags, by_id = dict(split_lora_tags(prompt)[1]), any("civitai" in lora for lora in loras.values())
     for name in hashes:
-        if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras:
-            missing.append(f"LoRA {shown(name)}, which the prompt does not use")
+        if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras and not by_id:
+            missing.append(f"LoRA {shown(name)}, which the prompt does not use")  # by an id it may be in use
+    if not embeddings:
+        here = [config["name"].lower() for config in settings.embeddings]
+        missing += [f"embedding {shown(name)}" for name in vectors if name.lower() not in here]
     prompt = LORA_TAG.sub(
         lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
     )
     missing += other_models(keys, checkpoints, settings)
-    return prompt, [{"name": name, "scale": scale} for name, scale in loras.items()], missing
+    return prompt, list(loras.values()), list(embeddings.values()), missing
+
+
+def recipe_resources(
+    resources: Any, prompts: str, settings: Settings
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, Any], list[str]]:
+    """Civitai's own list in a recipe: LoRAs, adapter -> entry of the field; embeddings, version -> entry; checkpoints,
+    version -> name; what cannot be used."""
+    loras, embeddings, checkpoints, missing = {}, {}, {}, []
+    by_version = {version_id(config): adapter for adapter, config in settings.stack.items()}
+    for item in resources if isinstance(resources, list) else [resources]:
+        model = item if isinstance(item, dict) else {"modelName": item}
+        version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
+        version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
+        kind, adapter = str(model.get("type")).lower(), by_version.get(version, f"civitai_{version}")
+        by_id = bool(version and settings.job_models_bytes)
+        if adapter in settings.stack or (by_id and kind in LORA_TYPES):
+            called = {"name": adapter} if adapter in settings.stack else {"civitai": int(version)}
+            loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
+        elif kind in ("checkpoint", "model"):
+            checkpoints[version] = name
+        elif by_id and kind in (
+            "embed",
+            *EMBEDDING_TYPES,
+        ):  # Civitai's name is a title, this worker's the prompt's word
+            is_word = isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name in prompts
+            embeddings[version] = {"civitai": int(version)} | ({"name": name} if is_word else {})
+        else:
+            missing.append(
+                " ".join(shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model)
+            )
+    return loras, embeddings, checkpoints, missing
 
 
 def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Settings) -> list[str]:
@@ -4008,6 +4038,11 @@ MAX_PROMPT, MAX_RECIPE = 10_000, 30_000  # characters
 MAX_SEED = 2**32
 SIDES = 256, 2048  # pixels
 MAX_HIRES_SIDE, MAX_HIRES_SCHEDULE = 4096, 999  # pixels; steps: the network knows 1,000 levels of noise
+MAX_LISTED = 64  # LoRAs, embeddings
+# urn:air:<ecosystem>:<type>:civitai:<model>@<version>; these are made for SDXL
+AIR = re.compile(r"urn:air:(\w+):(\w+):civitai:[0-9]{1,12}@([0-9]{1,12})", re.IGNORECASE)
+AIR_ECOSYSTEMS = ("sdxl", "sdxldistilled", "sdxllightning", "pony", "illustrious", "noobai")
+LORA_TYPES, EMBEDDING_TYPES = ("lora", "lycoris", "locon", "dora"), ("embedding", "textualinversion")
 REQUIRED = object()
 
 
@@ -4134,22 +4169,67 @@ def hires_pass(name: str, value: Any) -> Hires:
     )
 
 
-def lora_list(name: str, value: Any) -> list[tuple[str, float | None]] | None:
-    """[{"name": "a"}] -> [("a", None)], None for the configured scale; null -> None, the configured stack."""
+@dataclass(frozen=True)
+class Listed:
+    """An entry of a job's `loras` or `embeddings`."""
+
+    name: str | None  # of a LoRA in the stack; what prompts call an embedding, None: by the name of its file
+    version: str | None  # Civitai's version id; None for what is called by its name in the stack
+    scale: float | None = None  # a LoRA's; None: the configured one, else 1
+
+
+def entries(
+    name: str, value: Any, ids: tuple[str, ...], more: tuple[str, ...], types: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """A list's objects: the place, "loras[0]"; the object, which has one of the keys `ids` and maybe some `more`; its
+    version id, which `civitai` or `air` tell, an AIR of one of these types."""
+    example = json.dumps({ids[0]: "...", more[0]: "..."})
+    if not isinstance(value, list):
+        raise InvalidInput(f"{name} must be a list such as [{example}], got {shown(value)}")
+    if len(value) > MAX_LISTED:
+        raise InvalidInput(f"{name} must have at most {MAX_LISTED} entries, got {len(value)}")
+    for i, item in enumerate(value):
+        place, version = f"{name}[{i}]", None
+        if not isinstance(item, dict) or not any(key in item for key in ids):
+            raise InvalidInput(f"{place} must be an object such as {example}, got {shown(item)}")
+        refuse_unknown(item, (*ids, *more), f"{place}: ")
+        if len(given := [key for key in ids if key in item]) > 1:
+            raise InvalidInput(f"{place} must have one of {' and '.join(given)}")
+        if "air" in item:
+            found = AIR.fullmatch(item["air"]) if isinstance(item["air"], str) else None
+            if not found or found[1].lower() not in AIR_ECOSYSTEMS or found[2].lower() not in types:
+                form = f"urn:air:sdxl:{types[0]}:civitai:<model>@<version>, of a model for SDXL"
+                raise InvalidInput(f"{place}.air must be {form}, got {shown(item['air'])}")
+            version = str(int(found[3]))
+        elif "civitai" in item:
+            digits = re.fullmatch("[0-9]{1,12}", item["civitai"]) if isinstance(item["civitai"], str) else None
+            given_id = int(digits[0]) if digits else item["civitai"]
+            version = str(number(1, 10**12 - 1, whole=True)(f"{place}.civitai", given_id))
+        yield place, item, version
+
+
+def lora_list(name: str, value: Any) -> list[Listed] | None:
+    """[{"civitai": 135867, "scale": 0.8}] -> [Listed(None, "135867", 0.8)]; null -> None, the configured stack."""
     if value is None:
         return None
-    if not isinstance(value, list):
-        raise InvalidInput(f'{name} must be a list such as [{{"name": "...", "scale": 1.0}}], got {shown(value)}')
-    loras = []
-    for place, item in ((f"{name}[{i}]", item) for i, item in enumerate(value)):
-        if not isinstance(item, dict) or "name" not in item:
-            raise InvalidInput(f'{place} must be an object such as {{"name": "...", "scale": 1.0}}, got {shown(item)}')
-        refuse_unknown(item, ("name", "scale"), f"{place}: ")
-        scale = item.get("scale")
-        if scale is not None:
-            scale = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"{place}.scale", scale)
-        loras.append((text_of(1, 200)(f"{place}.name", item["name"]), scale))
-    return loras
+    scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), or_null(text_of(1, 200))
+    return [
+        Listed(called(f"{at}.name", item.get("name")), version, scale(f"{at}.scale", item.get("scale")))
+        for at, item, version in entries(name, value, ("name", "civitai", "air"), ("scale",), LORA_TYPES)
+    ]
+
+
+def embedding_list(name: str, value: Any) -> list[Listed]:
+    """[{"civitai": 134583, "name": "negativeXL_D"}] -> [Listed("negativeXL_D", "134583")]; null -> []."""
+    listed = []
+    for at, item, version in entries(
+        name, [] if value is None else value, ("civitai", "air"), ("name",), EMBEDDING_TYPES
+    ):
+        called = item.get("name")
+        if called is not None and not (isinstance(called, str) and re.fullmatch(EMBEDDING_NAME, called)):
+            raise InvalidInput(f"{at}.name must be one word of letters, digits, _, - and ., got {shown(called)}")
+        listed.append(Listed(called, version))
+    return listed
 
 
 # a job's input
@@ -4189,6 +4269,7 @@ class JobRequest:
     eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0, answered=False)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
     loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
+    embeddings: tuple[Listed, ...] = job_field(embedding_list, None, answered=False)
     image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
     strength: float | None = job_field(or_null(strength_above_0), None, also=("denoising_strength",))  # None: no image
     mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
@@ -4197,6 +4278,7 @@ class JobRequest:
     image_format: str = job_field(one_of(ENCODINGS), "png")
     embed_metadata: bool = job_field(true_or_false, True, answered=False)
     warnings: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()  # of loras and embeddings: given by a recipe, so that any may be left out
 
     @classmethod
     def parse(cls, given: Any, settings: Settings) -> JobRequest:
@@ -4248,8 +4330,12 @@ class JobRequest:
                 raise InvalidInput(f"{name}: {error}") from None
             if found := PROMPT_EDITING.search(clean):
                 warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
-        # 3. LoRAs
-        values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings)
+        # 3. models
+        optional = frozenset({"loras", "embeddings"} & recipe.keys() - given.keys())
+        by_id = [item for item in (*(values["loras"] or ()), *values["embeddings"]) if item.version]
+        if by_id and not settings.job_models_bytes:
+            raise InvalidInput("loras and embeddings by id are switched off on this worker (JOB_MODELS_GB is 0)")
+        values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings, "loras" in optional)
         # 4. pictures, last: their addresses take time
         check_passes(values, called)
         if values["image"] is not None:
@@ -4258,7 +4344,7 @@ class JobRequest:
                 key, noted = recipe.get(f"{name}_sha256", ("", None))
                 if noted and (values[name] is None or values[name].sha256 != noted):
                     warnings.append(f"the recipe was made with another {name}: its {key} is {shown(noted)}")
-        return cls(**values, warnings=tuple(warnings))
+        return cls(**values, warnings=tuple(warnings), optional=optional)
 
     @property
     def seeds(self) -> list[int]:
@@ -4330,30 +4416,35 @@ def stack_names(settings: Settings) -> dict[str, str]:
 
 
 def choose_loras(
-    listed: list[tuple[str, float | None]] | None, prompt: str, settings: Settings, warnings: list[str]
+    listed: list[Listed] | None, prompt: str, settings: Settings, warnings: list[str], of_recipe: bool
 ) -> dict[str, float]:
-    """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags."""
+    """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags. What is
+    listed by its id and is not of the configured stack is the adapter civitai_<id>."""
     stack, known = settings.stack, stack_names(settings)
-    chosen, unknown = {name: config["scale"] for name, config in stack.items()} if listed is None else {}, []
-    for name, scale in listed or []:
-        adapter = known.get(sanitize_name(name))
+    by_version = {version_id(config): name for name, config in stack.items()}
+    chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
+    for item in listed or ():
+        adapter = known.get(sanitize_name(item.name)) if item.version is None else by_version.get(item.version)
+        if item.version and not adapter:
+            adapter = f"civitai_{item.version}"
+        called = shown(item.name) if item.version is None else f"Civitai model version {item.version}"
         if adapter is None:
-            raise InvalidInput(f"loras: {shown(name)} is not in the stack: {', '.join(stack) or 'it is empty'}")
+            raise InvalidInput(f"loras: {called} is not in the stack: {', '.join(stack) or 'it is empty'}")
         if adapter in chosen:
-            raise InvalidInput(f"loras: {shown(name)} is given twice")
-        chosen[adapter] = stack[adapter]["scale"] if scale is None else scale
+            raise InvalidInput(f"loras: {called} is given twice")
+        chosen[adapter] = stack.get(adapter, {"scale": 1.0})["scale"] if item.scale is None else item.scale
+    known |= {adapter: adapter for adapter in chosen}
+    # of a recipe's tags and version ids nothing but the scale tells which belong together
+    by_id, unknown = [scale for adapter, scale in chosen.items() if of_recipe and adapter not in stack], []
     for name, scale in split_lora_tags(prompt)[1]:
-        adapter = known.get(sanitize_name(name))
-        if adapter is None:
-            unknown.append(name)
-        else:
+        if adapter := known.get(sanitize_name(name)):
             chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
+        elif scale in by_id:
+            by_id.remove(scale)
+        else:
+            unknown.append(f"<lora:{name[:40]}>")
     if unknown:
-        such = (
-            f"<lora:{unknown[0][:40]}> was"
-            if len(unknown) == 1
-            else f"{len(unknown)} tags, <lora:{unknown[0][:40]}> first, were"
-        )
+        such = f"{unknown[0]} was" if len(unknown) == 1 else f"{len(unknown)} tags, {unknown[0]} first, were"
         warnings.append(f"{such} left out: the stack holds {', '.join(stack) or 'no LoRA'}")
     return chosen
 
