@@ -1414,7 +1414,9 @@ class Engine:
         check_weights(pipe)
         with phase("merging the LoRA stack"), as_setup_failure("the LoRA stack could not be merged"):
             stack.apply({name: config["scale"] for name, config in settings.stack.items()})
-        in_background(hash_models, files)  # ahead of the first job, whose recipe names them
+        in_background(
+            lambda: list(map(addnet_hash, files.loras.values()))
+        )  # ahead of the first recipe, which needs them
         if settings.torch_compile:
             compile_unet(pipe)
         return cls(settings, files, pipe, stack, PromptEncoder(pipe), {**pipe.scheduler.config, **scheduler_config})
@@ -3532,40 +3534,44 @@ RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    """A checkpoint or LoRA as a recipe names it; short_hash is "" where unknown, scale a LoRA's."""
+class UsedModel:
+    """A checkpoint, LoRA or embedding as a recipe names it."""
 
+    kind: str  # Civitai's word: "checkpoint", "lora", "embed"
     name: str
-    filename: str
+    stem: str  # the file's name without its suffix; what prompts call an embedding
     version: str
-    short_hash: str
-    scale: float | None = None
+    short_hash: str  # "" where unknown
+    scale: float | None = None  # a LoRA's
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any], short_hash: str, scale: float | None = None) -> NamedModel:
-        """A config's model."""
-        return cls(config["name"], config["filename"], version_id(config), short_hash, scale)
-
-    @property
-    def stem(self) -> str:
-        """The file's name as A1111 writes it, without suffix, commas and colons."""
-        return re.sub("[,:]", "", Path(self.filename).stem)
+    def __str__(self) -> str:
+        """As A1111 writes it, without commas and colons: "Detail_v1: a1b2c3d4e5f6"."""
+        return f"{re.sub('[,:]', '', self.stem)}: {self.short_hash}"
 
 
-def image_recipes(request: JobRequest, engine: Engine, scales: Mapping[str, float]) -> list[str]:
-    """One recipe an image, each with its own seed; "" where the job wants none. scales: of the LoRAs in force."""
-    if not request.embed_metadata:
-        return [""] * request.num_images
-    settings, files = engine.settings, engine.files
-    checkpoint = NamedModel.of(settings.checkpoint, checkpoint_hash(files.checkpoint))
-    loras = [
-        NamedModel.of(settings.stack[name], addnet_hash(files.loras[name]), scale) for name, scale in scales.items()
+def used_models(
+    engine: Engine, models: JobModels, scales: Mapping[str, float], embeddings: Iterable[str]
+) -> list[UsedModel]:
+    """What a job's pictures are drawn with: the checkpoint, LoRAs at their scales, embeddings by their names."""
+    settings, checkpoint = engine.settings, engine.settings.checkpoint
+    name, version = checkpoint["name"], version_id(checkpoint)
+    used = [
+        UsedModel(
+            "checkpoint", name, Path(checkpoint["filename"]).stem, version, checkpoint_hash(engine.files.checkpoint)
+        )
     ]
-    vae = Path(settings.vae_model).name
-    return [write_recipe(request, seed, vae, checkpoint, loras) for seed in request.seeds]
+    for adapter, scale in scales.items():
+        file = models.files.get(adapter) or engine.files.loras[adapter]
+        config = settings.stack.get(adapter) or civitai_config(adapter.removeprefix("civitai_"))
+        used.append(UsedModel("lora", config["name"], file.stem, version_id(config), addnet_hash(file), scale))
+    for name in embeddings:
+        if file := models.files.get(name) or engine.files.embeddings.get(name):  # else a LoRA brings it along
+            version = file.stem.removeprefix("civitai_")
+            used.append(UsedModel("embed", name, name, version, (recorded_sha256(file) or "")[:12]))
+    return used
 
 
-def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedModel, loras: list[NamedModel]) -> str:
+def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedModel]) -> str:
     """What A1111 and Civitai read back from an image, unknown parts left out:
 
         a cat
@@ -3575,7 +3581,11 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     Fields in A1111's order, values quoted by its rule. Civitai's own list, by which it links an image to its models,
     comes last: its parser takes the JSON up to the first "}]".
     """
-    sampling = read_sampling(request.scheduler)
+    sampling, checkpoint = read_sampling(request.scheduler), models[0]
+    hashes = {
+        kind: ", ".join(str(model) for model in models if model.kind == kind and model.short_hash)
+        for kind in ("lora", "embed")
+    }
     plain = str(sampling) == sampling.sampler  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
@@ -3585,11 +3595,12 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": checkpoint.short_hash,
-        "Model": checkpoint.stem,
+        "Model": re.sub("[,:]", "", checkpoint.stem),
         "VAE": vae,
         "Clip skip": request.clip_skip,
         "ENSD": request.eta_noise_seed_delta or "",
-        "Lora hashes": ", ".join(f"{lora.stem}: {lora.short_hash}" for lora in loras if lora.short_hash),
+        "Lora hashes": hashes["lora"],
+        "TI hashes": hashes["embed"],
         "Emphasis": "No norm" if request.emphasis == "no norm" else "",
         "RNG": "CPU" if request.rng == "cpu" else "",
         **picture_keys(request),
@@ -3598,10 +3609,10 @@ def write_recipe(request: JobRequest, seed: int, vae: str, checkpoint: NamedMode
     }
     details = [f"{name}: {quote(str(value))}" for name, value in fields.items() if value != ""]
     resources = [
-        {"type": "checkpoint" if model.scale is None else "lora"}
+        {"type": model.kind}
         | ({} if model.scale is None else {"weight": model.scale})
         | {"modelVersionId": int(model.version), "modelName": model.name}
-        for model in (checkpoint, *loras)
+        for model in models
         if model.version
     ]
     if resources:
@@ -3896,12 +3907,6 @@ def checkpoint_hash(file: Path) -> str:
         return ""
 
 
-def hash_models(files: ModelFiles) -> None:
-    """Computes the hashes ahead of the first job that writes them; to be run in the background."""
-    for file in files.loras.values():
-        addnet_hash(file)
-
-
 # files
 
 
@@ -4170,7 +4175,7 @@ def hires_pass(name: str, value: Any) -> Hires:
 
 
 @dataclass(frozen=True)
-class Listed:
+class NamedModel:
     """An entry of a job's `loras` or `embeddings`."""
 
     name: str | None  # of a LoRA in the stack; what prompts call an embedding, None: by the name of its file
@@ -4208,19 +4213,19 @@ def entries(
         yield place, item, version
 
 
-def lora_list(name: str, value: Any) -> list[Listed] | None:
-    """[{"civitai": 135867, "scale": 0.8}] -> [Listed(None, "135867", 0.8)]; null -> None, the configured stack."""
+def lora_list(name: str, value: Any) -> list[NamedModel] | None:
+    """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]; null -> None, the configured stack."""
     if value is None:
         return None
     scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), or_null(text_of(1, 200))
     return [
-        Listed(called(f"{at}.name", item.get("name")), version, scale(f"{at}.scale", item.get("scale")))
+        NamedModel(called(f"{at}.name", item.get("name")), version, scale(f"{at}.scale", item.get("scale")))
         for at, item, version in entries(name, value, ("name", "civitai", "air"), ("scale",), LORA_TYPES)
     ]
 
 
-def embedding_list(name: str, value: Any) -> list[Listed]:
-    """[{"civitai": 134583, "name": "negativeXL_D"}] -> [Listed("negativeXL_D", "134583")]; null -> []."""
+def embedding_list(name: str, value: Any) -> list[NamedModel]:
+    """[{"civitai": 134583, "name": "negativeXL_D"}] -> [NamedModel("negativeXL_D", "134583")]; null -> []."""
     listed = []
     for at, item, version in entries(
         name, [] if value is None else value, ("civitai", "air"), ("name",), EMBEDDING_TYPES
@@ -4228,7 +4233,7 @@ def embedding_list(name: str, value: Any) -> list[Listed]:
         called = item.get("name")
         if called is not None and not (isinstance(called, str) and re.fullmatch(EMBEDDING_NAME, called)):
             raise InvalidInput(f"{at}.name must be one word of letters, digits, _, - and ., got {shown(called)}")
-        listed.append(Listed(called, version))
+        listed.append(NamedModel(called, version))
     return listed
 
 
@@ -4269,7 +4274,7 @@ class JobRequest:
     eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0, answered=False)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
     loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
-    embeddings: tuple[Listed, ...] = job_field(embedding_list, None, answered=False)
+    embeddings: tuple[NamedModel, ...] = job_field(embedding_list, None, answered=False)
     image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
     strength: float | None = job_field(or_null(strength_above_0), None, also=("denoising_strength",))  # None: no image
     mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
@@ -4283,54 +4288,19 @@ class JobRequest:
     @classmethod
     def parse(cls, given: Any, settings: Settings) -> JobRequest:
         """Raises InvalidInput, with the field, its rule and the value; nothing has cost anything by then."""
-        if not isinstance(given, dict):
-            raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(given)} as input')
-        # 1. every field under one of its names; those of a pasted recipe come second
-        declared = {spec.name: spec.metadata for spec in fields(cls) if spec.metadata}
-        refuse_unknown(
-            given, ["parameters", *(name for key, spec in declared.items() for name in (key, *spec["also"]))]
-        )
-        given, warnings = dict(given), []
-        if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
-            sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
-            given["sampler"] = str(sampling)
-        recipe: dict[str, tuple[str, Any]] = {}
-        if "parameters" in given:
-            recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
-            pictured = any(given.get(name) is not None for name in ("image", *declared["image"]["also"]))
-            for name in [name for name in (("hires",) if pictured else ("strength", "mask_blur")) if name in recipe]:
-                why = "does not go with image" if pictured else "goes with image alone"
-                warnings.append(f"the recipe's {recipe.pop(name)[0]} is left out: it {why}")
+        # 1. every field by itself
+        found, recipe, warnings = given_fields(given, settings)
         values: dict[str, Any] = {}
-        called: dict[str, str] = {}  # field -> as the job calls it
-        for name, spec in declared.items():
-            names = [key for key in (name, *spec["also"]) if key in given]
-            if len(names) > 1:
-                raise InvalidInput(f"{names[0]} and {names[1]} are the same field: give one of them")
-            if names:
-                called[name], value = names[0], given[names[0]]
-            elif name in recipe:
-                called[name], value = f"parameters: {recipe[name][0]}", recipe[name][1]
-            elif spec["default"] is REQUIRED:
+        for name, spec in ((spec.name, spec.metadata) for spec in fields(cls) if spec.metadata):
+            called, value = found.get(name, (name, spec["default"]))
+            if value is REQUIRED:
                 raise InvalidInput(f"{name} is required")
-            else:
-                value = spec["default"]
-            values[name] = spec["check"](called.get(name, name), value)
+            values[name] = spec["check"](called, value)
+        called = {name: called for name, (called, _) in found.items()}
         # 2. prompts
         for name in ("prompt", "negative_prompt"):
-            clean = well_formed(values[name])
-            if clean != values[name]:
-                warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
-            values[name] = clean
-            if parse_recipe(clean)[2]:
-                raise InvalidInput(f"{name} ends in a picture's generation data: give that text, once, as parameters")
-            try:
-                parse_prompt(clean)
-            except InvalidInput as error:
-                raise InvalidInput(f"{name}: {error}") from None
-            if found := PROMPT_EDITING.search(clean):
-                warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
-        # 3. models
+            values[name] = check_prompt(name, values[name], warnings)
+        # 3. models; those of a recipe may be left out
         optional = frozenset({"loras", "embeddings"} & recipe.keys() - given.keys())
         by_id = [item for item in (*(values["loras"] or ()), *values["embeddings"]) if item.version]
         if by_id and not settings.job_models_bytes:
@@ -4357,6 +4327,50 @@ class JobRequest:
         if self.hires:
             answered["hires"] = vars(self.hires)
         return {name: value for name, value in answered.items() if value is not None}
+
+
+def given_fields(
+    given: Any, settings: Settings
+) -> tuple[dict[str, tuple[str, Any]], dict[str, tuple[str, Any]], list[str]]:
+    """What a job gives, field -> (its name for it, the value), not checked yet; the same of its pasted recipe, which
+    stands where the job does not have a field itself; warnings."""
+    if not isinstance(given, dict):
+        raise InvalidInput(f'a job must be {{"input": {{"prompt": "..."}}}}, got {shown(given)} as input')
+    names = {spec.name: (spec.name, *spec.metadata["also"]) for spec in fields(JobRequest) if spec.metadata}
+    refuse_unknown(given, ["parameters", *chain(*names.values())])
+    given, recipe, warnings = dict(given), {}, []
+    if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
+        sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
+        given["sampler"] = str(sampling)
+    if "parameters" in given:
+        recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
+        pictured = any(given.get(name) is not None for name in names["image"])
+        for name in [name for name in (("hires",) if pictured else ("strength", "mask_blur")) if name in recipe]:
+            why = "does not go with image" if pictured else "goes with image alone"
+            warnings.append(f"the recipe's {recipe.pop(name)[0]} is left out: it {why}")
+    found = {name: (f"parameters: {key}", value) for name, (key, value) in recipe.items()}
+    for name, keys in names.items():
+        used = [key for key in keys if key in given]
+        if len(used) > 1:
+            raise InvalidInput(f"{used[0]} and {used[1]} are the same field: give one of them")
+        found |= {name: (key, given[key]) for key in used}
+    return found, recipe, warnings
+
+
+def check_prompt(name: str, prompt: str, warnings: list[str]) -> str:
+    """The prompt as it is encoded, with warnings for what it does not mean here. Raises InvalidInput."""
+    clean = well_formed(prompt)
+    if clean != prompt:
+        warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
+    if parse_recipe(clean)[2]:
+        raise InvalidInput(f"{name} ends in a picture's generation data: give that text, once, as parameters")
+    try:
+        parse_prompt(clean)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name}: {error}") from None
+    if found := PROMPT_EDITING.search(clean):
+        warnings.append(f"{name}: prompt editing and AND are read as text here, such as {shown(found[0])}")
+    return clean
 
 
 def check_passes(values: Mapping[str, Any], called: Mapping[str, str]) -> None:
@@ -4416,7 +4430,7 @@ def stack_names(settings: Settings) -> dict[str, str]:
 
 
 def choose_loras(
-    listed: list[Listed] | None, prompt: str, settings: Settings, warnings: list[str], of_recipe: bool
+    listed: list[NamedModel] | None, prompt: str, settings: Settings, warnings: list[str], of_recipe: bool
 ) -> dict[str, float]:
     """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags. What is
     listed by its id and is not of the configured stack is the adapter civitai_<id>."""
@@ -4529,14 +4543,14 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     settings = Settings.from_environ()
     request = JobRequest.parse(job.get("input") if isinstance(job, dict) else None, settings)
     bucket = job_bucket(job, settings)
-    # 2. the models, where the start has not loaded them
-    engine = WORKER.engine()
+    # 2. the models: the engine where the start has not loaded it, and what the job names, beside others' GPU work
+    engine, timings = WORKER.engine(), Timings()
+    models = fetch_job_models(engine, request, timings)
     # 3. the GPU's work, one job at a time
-    timings = Timings()
     with WORKER.gpu, torch.inference_mode():
         started = time.monotonic()
         try:
-            images, conditioning = generate(engine, request, timings, observer)
+            images, conditioning = generate(engine, request, models, timings, observer)
         except Exception as error:  # noqa: BLE001 - cleared away before the next job's turn
             failure = worker_error(error, job_id)
             while error:
@@ -4547,9 +4561,11 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
             raise failure from None
         loras = dict(engine.stack.applied)
     # 4. files and links, beside the next job's GPU work
-    metadata = describe(request, engine, loras, conditioning)
+    metadata = describe(request, engine, models, loras, conditioning)
     with timings("images", gpu=False):
-        recipes = image_recipes(request, engine, loras)
+        used = used_models(engine, models, loras, conditioning.embeddings)
+        vae = Path(settings.vae_model).name
+        recipes = [write_recipe(request, seed, vae, used) if request.embed_metadata else "" for seed in request.seeds]
         answer = {"images": [], "seed": request.seed, "metadata": metadata}
         answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
     seconds = round(time.monotonic() - started, 3)
@@ -4562,13 +4578,59 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     return answer
 
 
+@dataclass(frozen=True)
+class JobModels:
+    """What a job names by version ids, ready to be used; what may be left out, and is, has a warning."""
+
+    loras: dict[str, LoraFile] = field(default_factory=dict)  # by adapter name
+    embeddings: dict[str, Embedding] = field(default_factory=dict)  # by the name that prompts call it
+    files: dict[str, Path] = field(default_factory=dict)  # of both, by the same names
+    warnings: list[str] = field(default_factory=list)
+
+
+def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings) -> JobModels:
+    """The LoRAs and embeddings that a job names by their ids, fetched side by side where the store does not have them.
+    Raises InvalidInput for a file that cannot be used, DownloadFailed for one that cannot be had."""
+    settings, models = engine.settings, JobModels()
+    adapters = [adapter for adapter in request.loras if adapter not in settings.stack]
+    wanted = [("loras", NamedModel(adapter, adapter.removeprefix("civitai_"))) for adapter in adapters]
+    wanted += [("embeddings", item) for item in request.embeddings]
+    folders = {"loras": settings.lora_dir, "embeddings": settings.embedding_dir}
+
+    def fetch(kind: str, item: NamedModel) -> tuple[str, Path, Any]:
+        """The name, the file and what it holds."""
+        path = engine.store.fetch_for_job(civitai_config(item.version), folders[kind])
+        if kind == "loras":
+            return item.name, path, engine.stack.held(item.name) or engine.stack.read(path)
+        name = item.name or Path(listed_name(path)).stem or f"civitai_{item.version}"
+        return name, path, read_embedding(name, path, engine.pipe)
+
+    with timings("models", gpu=False):
+        futures = [in_background(fetch, kind, item) for kind, item in wanted]
+        for (kind, item), future in zip(wanted, futures, strict=True):
+            try:
+                name, path, content = future.result()
+                getattr(models, kind)[name], models.files[name] = content, path
+            except (InvalidInput, DownloadFailed, BadModel) as error:
+                if kind not in request.optional:
+                    called = f"{kind}: Civitai model version {item.version}: "
+                    raise type(error)(f"{called}{error}")
+                models.warnings.append(f"{error}: it was left out")
+    if not wanted:
+        del timings.seconds["models"]
+    return models
+
+
 def generate(
-    engine: Engine, request: JobRequest, timings: Timings, observer: Observer
+    engine: Engine, request: JobRequest, models: JobModels, timings: Timings, observer: Observer
 ) -> tuple[list[Any], Conditioning]:
     """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
-    pipe = engine.pipe
+    pipe, stack = engine.pipe, engine.stack
     with timings("loras"):
-        changed = engine.stack.apply(request.loras)
+        for adapter, lora in models.loras.items():
+            stack.add(adapter, lora)
+        scales = {name: scale for name, scale in request.loras.items() if name in engine.settings.stack | models.loras}
+        changed = stack.apply(scales)
     if not changed:
         del timings.seconds["loras"]
     with timings("encode"):
@@ -4600,13 +4662,19 @@ def generate(
 
 
 def describe(
-    request: JobRequest, engine: Engine, loras: Mapping[str, float], conditioning: Conditioning
+    request: JobRequest, engine: Engine, models: JobModels, loras: Mapping[str, float], conditioning: Conditioning
 ) -> dict[str, Any]:
-    """The answer's metadata, apart from times."""
+    """The answer's metadata, apart from times. loras: those in the weights, adapter -> scale."""
     settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
-    of_loras = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
-    of_loras += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
-    return request.described() | {
+    of_models = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
+    of_models += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
+    answered = request.described()
+    if request.embeddings:
+        answered["embeddings"] = [
+            {"name": name, "civitai": int(models.files[name].stem.removeprefix("civitai_"))}
+            for name in models.embeddings
+        ]
+    return answered | {
         "seeds": request.seeds,
         "prompt_chunks": conditioning.prompt_chunks,
         "negative_prompt_chunks": conditioning.negative_prompt_chunks,
@@ -4615,7 +4683,7 @@ def describe(
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,
         "loras": [{"name": name, "scale": scale} for name, scale in loras.items()],
         "loras_failed": [{"name": name, "error": reason} for name, reason in failed.items()],
-        "warnings": [*request.warnings, *conditioning.warnings, *of_loras],
+        "warnings": [*request.warnings, *models.warnings, *conditioning.warnings, *of_models],
     }
 
 
