@@ -473,9 +473,11 @@ SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for;
 FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
 CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
-FIRST_BACKOFF_S, LAST_BACKOFF_S, PATIENCE_S = 1.0, 30.0, 300.0  # RunPod gives a start 7 minutes
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
+PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
+IN_USE_S = 120.0  # for which another worker may be reading a job's file: jobs read theirs into memory at once
 REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
@@ -485,34 +487,50 @@ REFUSALS |= {404: "check the version id", 410: "its creator or Civitai removed i
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What the model store holds after a cold start."""
+    """What the model store holds after a cold start: LoRAs by adapter name, embeddings by the name that a prompt uses;
+    of those that could not be had, why."""
 
     checkpoint: Path
-    loras: dict[str, Path]  # adapter name -> file
-    failed: dict[str, str]  # adapter name -> why it could not be had
+    loras: dict[str, Path]
+    failed: dict[str, str]  # the LoRAs
+    embeddings: dict[str, Path] = field(default_factory=dict)
+    embeddings_failed: dict[str, str] = field(default_factory=dict)
 
 
 def fetch_models(settings: Settings) -> ModelFiles:
-    """The checkpoint and all LoRAs, fetched side by side where they are not in place. Raises DownloadError for the
-    checkpoint, and where the files do not fit together; a LoRA that cannot be had is named in `failed`."""
-    store, loras, failed = Store(settings), {}, {}
+    """All configured models, fetched side by side where they are not in place. Raises DownloadError for the checkpoint,
+    and where the files do not fit together; a LoRA or embedding that cannot be had is left out."""
+    store = Store(settings)
     store.sweep()
-    checkpoint = Download(store, settings.checkpoint, settings.checkpoint_dir)
-    downloads = {name: Download(store, config, settings.lora_dir) for name, config in settings.stack.items()}
-    store.downloads = [checkpoint, *downloads.values()]
+    store.downloads = [*store.configured]
     wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
-    with disk_errors(checkpoint):
+    with disk_errors(store.downloads[0]):
         store.check_space()
-    path, *futures = [in_background(download.ensure) for download in store.downloads]
-    with progress(store.downloads):
-        path.result()  # without it nothing else matters
-        for name, future in zip(downloads, futures, strict=True):
+    checkpoint, *futures = [in_background(download.ensure) for download in store.downloads]
+
+    def gather(kind: str, named: Iterable[tuple[str, Future]]) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+        """Names and paths of what is there, and why the others are not."""
+        there, failed = [], {}
+        for name, future in named:
             try:
-                loras[name] = future.result()
+                there.append((name, future.result()))
             except DownloadError as error:
                 failed[name] = str(error)
-                log.warning("LoRA %s is left out: %s%s", name, error, error.detail)
-    return ModelFiles(path.result(), loras, failed)
+                log.warning("%s %s is left out: %s%s", kind, name, error, error.detail)
+        return there, failed
+
+    with progress(store.downloads):
+        checkpoint.result()  # without it nothing else matters
+        loras, failed = gather("LoRA", zip(settings.stack, futures, strict=False))
+        names = [config["name"] for config in settings.embeddings]
+        found, not_found = gather("embedding", zip(names, futures[len(loras) + len(failed) :], strict=True))
+    embeddings: dict[str, Path] = {}
+    for name, path in found:
+        if name == path.stem:  # civitai_<id>: the setting gives no name
+            name = listed_name(path) or name
+        taken = name.lower() in map(str.lower, embeddings)
+        embeddings[path.stem if taken else name] = path
+    return ModelFiles(checkpoint.result(), dict(loras), failed, embeddings, not_found)
 
 
 def setup_models() -> tuple[Path, dict[str, Path]]:
@@ -526,7 +544,8 @@ def ensure_model_exists(config: dict[str, Any], model_dir: Path) -> Path:
 
     config: {"name", "url", "filename"}, and "sha256" where the file must have it. Raises DownloadError.
     """
-    return Store(Settings.from_environ()).ensure(config, Path(model_dir))
+    store = Store(Settings.from_environ())
+    return store.ensure(Download(store, config, Path(model_dir)))
 
 
 def download_file(url: str, filepath: Path) -> None:
@@ -534,15 +553,15 @@ def download_file(url: str, filepath: Path) -> None:
 
     Raises DownloadError; filepath never holds a partial or wrong file.
     """
-    config = {"name": Path(filepath).name, "url": url, "filename": Path(filepath).name}
-    Store(Settings.from_environ()).ensure(config, Path(filepath).parent, again=True)
+    store, path = Store(Settings.from_environ()), Path(filepath)
+    store.ensure(Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent), again=True)
 
 
 class Store:
     """The folders of model files, and what their downloads share: HTTP, connections, space on the disk.
 
     Beside a file <name> lie, all hidden: .<name>.json, what is known of it; .<name>.lock, while a worker fetches it;
-    and the files of a Part. Several workers may use one folder.
+    the files of a Part; and that of a JobFile. Several workers may use one folder.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -550,12 +569,16 @@ class Store:
         self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
+        self.owner, self.making_room = new_owner(), threading.Lock()
+        folders = [(settings.checkpoint, settings.checkpoint_dir)]
+        folders += [(config, settings.lora_dir) for config in settings.loras]
+        folders += [(config, settings.embedding_dir) for config in settings.embeddings]
+        self.configured = [Download(self, config, folder) for config, folder in folders]
         self.downloads: list[Download] = []  # that share the space
 
-    def ensure(self, config: Mapping[str, Any], folder: Path, again: bool = False) -> Path:
-        """The path of a config's file in a folder, fetched where it is not in place, or `again`; for many threads at
-        once. Raises DownloadError."""
-        download = Download(self, config, folder)
+    def ensure(self, download: Download, again: bool = False) -> Path:
+        """The path of a download's file, fetched where it is not in place, or `again`; for many threads at once.
+        Raises DownloadError; of a job's file what admit raises, too."""
         self.downloads.append(download)
         try:
             with progress([download]):
@@ -563,16 +586,79 @@ class Store:
         finally:
             self.downloads.remove(download)
 
+    def fetch_for_job(self, config: dict[str, Any], folder: Path) -> Path:
+        """The path of a model that a job names by its version id, fetched where it is not in place; for many threads
+        at once. It is to be read at once: the file goes when another job's needs its room.
+
+        config: civitai_config(version). folder: settings.lora_dir or settings.embedding_dir, which tells what the model
+        must be. Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be
+        had; the worker stays usable.
+        """
+        for known in LORA_CONFIGS:  # whose file has a name of its own
+            if version_id(known) == version_id(config) and (folder / known["filename"]).exists():
+                config = known
+        download = Download(self, config, folder)
+        with self.making_room:
+            mark = JobFile.read(download.path)
+            configured = download.path in {one.path for one in self.configured}
+            configured |= not mark and download.path.exists()  # by another endpoint that shares the store
+            if not configured and not self.settings.job_models_bytes:
+                raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
+            if mark:
+                mark.note_use(self.owner)
+        download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
+        try:
+            with disk_errors(download):
+                in_place = not download.problem()
+            return download.path if in_place else self.ensure(download)
+        except DownloadError as error:
+            raise DownloadFailed(str(error), detail=error.detail) from error
+
+    def admit(self, download: Download, kind: str) -> None:
+        """Makes room for a job's file among those that jobs have brought: the least recently used go, but for those
+        that another worker fetches or may be reading. Its mark keeps the room from now on.
+
+        kind: its model's type at Civitai, "" where unknown. Raises InvalidInput for another kind than its folder holds
+        and for a file that is larger than a job's may be, DownloadFailed where its size is unknown or there is no room.
+        """
+        path, size, limit = download.path, download.size, self.settings.job_models_bytes
+        wanted = ("LORA", "LoCon", "DoRA") if path.parent == self.settings.lora_dir else ("TextualInversion",)
+        if kind not in ("", "Other", *wanted):
+            raise InvalidInput(f"{download} must be a {' or '.join(wanted)}, but Civitai lists it as {kind}")
+        if size == math.inf:
+            raise DownloadFailed(f"{download} cannot be downloaded: the server does not tell how large it is")
+        for name, most in {"JOB_MODEL_MAX_MB": self.settings.job_model_max_bytes, "JOB_MODELS_GB": limit}.items():
+            if size > most:
+                said = f"{download} must have at most {most / MB:.0f} MB to be named by a job ({name})"
+                raise InvalidInput(f"{said}, got {size / MB:.0f}")
+        with self.making_room:
+            write_whole(path, "job", f"{self.owner} {size}\n")
+            own = JobFile.read(path)  # its time is now, by the file server's clock
+            folders = {self.settings.lora_dir, self.settings.embedding_dir}
+            marks = chain(*(folder.glob(".*.job") for folder in folders))
+            files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
+            idle = sorted(file for file in files if file.path != path and file.is_idle(self.owner, own.used))
+            excess = sum(file.size for file in files) - limit
+            if excess > sum(file.size for file in idle):
+                own.delete()
+                raise DownloadFailed(
+                    f"{download} needs {size / MB:.0f} MB, but models in use take up what JOB_MODELS_GB allows; "
+                    f"try later, or set more than {limit / MB:.0f} MB"
+                )
+            for file in idle:
+                if excess > 0:
+                    file.delete()
+                    excess -= file.size
+
     def sweep(self) -> None:
         """Deletes what downloads left that nobody will resume: the file is not configured any more, or in place, and
         their worker has ended here, or was silent for a day."""
-        settings = self.settings
-        wanted = {settings.checkpoint_dir / settings.checkpoint["filename"]}
-        wanted |= {settings.lora_dir / config["filename"] for config in settings.loras}
-        for file in chain(*(sorted(folder.glob(".*")) for folder in {settings.checkpoint_dir, settings.lora_dir})):
-            found = re.fullmatch(r"\.(.+?)\.(?:\w+\.part|\w+\.journal|lock)", file.name)
+        settings, wanted = self.settings, {download.path for download in self.configured}
+        folders = {settings.checkpoint_dir, settings.lora_dir, settings.embedding_dir}
+        for file in chain(*(sorted(folder.glob(".*")) for folder in folders)):
+            found = re.fullmatch(r"\.(.+?)\.(?:\w+\.part|\w+\.journal|job|lock)", file.name)
             path = file.with_name(found[1]) if found else file
-            if not found or (path in wanted and not path.exists()):
+            if not found or (path.exists() if file.suffix == ".job" else path in wanted and not path.exists()):
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
@@ -721,56 +807,123 @@ def read_ahead(path: Path, readers: Places) -> None:
         in_background(read_all)
 
 
-def read_record(path: Path) -> tuple[str | None, bool]:
-    """The recorded hash of a file, if any, and whether the file is untouched since. The times are both the file
-    server's, so its clock does not matter."""
+def beside(path: Path, kind: str) -> Path:
+    """The hidden file of a kind beside a model's file: "x.safetensors", "lock" -> ".x.safetensors.lock"."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def left_of(path: Path) -> list[Path]:
+    """What downloads of a file have left beside it: parts and journals."""
+    return [file for file in path.parent.glob(f".{glob.escape(path.name)}.*") if file.suffix in (".part", ".journal")]
+
+
+def write_whole(path: Path, kind: str, text: str) -> None:
+    """Writes the hidden file of a kind beside a model's file, whole or not at all."""
+    temporary = beside(path, f"{secrets.token_hex(8)}.journal")  # which is swept as one after a kill
+    temporary.write_text(text)
+    temporary.replace(beside(path, kind))
+
+
+def read_record(path: Path) -> tuple[str | None, str, bool]:
+    """The recorded hash of a file, if any, its name at Civitai, "" where unknown, and whether it is untouched since.
+    The times are both the file server's, so its clock does not matter."""
     try:
-        stat, record = path.stat(), json.loads(path.with_name(f".{path.name}.json").read_bytes())
-        return record["sha256"], (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-    except (OSError, ValueError, LookupError, TypeError):  # there is none that can be read
-        return None, False
+        stat, record = path.stat(), json.loads(beside(path, "json").read_bytes())
+        untouched = (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+        return record["sha256"], str(record.get("name", "")), untouched
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that can be read
+        return None, "", False
 
 
-def write_record(path: Path, stat: os.stat_result, sha256: str | None) -> None:
-    """Notes a file's stamp and hash, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.journal")  # which is swept as one after a kill
-    temporary.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}))
-    temporary.replace(path.with_name(f".{path.name}.json"))
+def write_record(path: Path, stat: os.stat_result, sha256: str | None, name: str = "") -> None:
+    """Notes a file's stamp, hash and name at Civitai."""
+    record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "name": name}
+    write_whole(path, "json", json.dumps(record))
 
 
 def recorded_sha256(path: Path) -> str | None:
     """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, was put
     there by hand, or has gone."""
-    sha256, untouched = read_record(path)
+    sha256, _, untouched = read_record(path)
     return sha256 if untouched else None
+
+
+def listed_name(path: Path) -> str:
+    """The stem of the name that a fetched file has at Civitai, as a word of a prompt: "negativeXL_D"; "" where it is
+    unknown."""
+    return re.sub(r"[^\w.-]+", "_", Path(read_record(path)[1]).stem)[:100]
+
+
+@dataclass(frozen=True, order=True)
+class JobFile:
+    """A model that no configuration but a job has brought. The mark beside it, .<name>.job, holds "<user> <bytes>", and
+    its time is that of the last use."""
+
+    used: float  # seconds, by the file server's clock
+    path: Path
+    user: str  # the last, as the owner of a lock
+    size: int  # which takes up room before the first byte is there
+
+    @classmethod
+    def read(cls, path: Path) -> JobFile | None:
+        """The file's mark; None where it has none."""
+        with suppress(FileNotFoundError):
+            used, text = beside(path, "job").stat().st_mtime, beside(path, "job").read_text(errors="replace")
+            found = re.match(r"(\S+) (\d+)\n", text)
+            return cls(used, path, found[1], int(found[2])) if found else cls(used, path, "", path.stat().st_size)
+        return None
+
+    def note_use(self, user: str) -> None:
+        """Dates it anew. The mark is not made again where it has gone: a start that configures the file deletes it."""
+        with suppress(OSError), beside(self.path, "job").open("r+") as mark:
+            mark.write(f"{user} {self.size}\n")
+
+    def is_idle(self, owner: str, now: float) -> bool:
+        """Whether no worker fetches it, and none but the owner may be reading it."""
+        in_use = self.user != owner and not is_gone(self.user) and now - self.used < IN_USE_S
+        return not in_use and not StoreLock(self.path).is_held(now)
+
+    def delete(self) -> None:
+        """Its mark goes last: a file without one counts as configured."""
+        log.info("%s makes room for other models of jobs: deleted", self.path.name)
+        for file in (self.path, *left_of(self.path), beside(self.path, "json"), beside(self.path, "job")):
+            file.unlink(missing_ok=True)
 
 
 def content_problem(path: Path, name: str) -> str:
     """Why a file cannot be a model, "" where it can. A safetensors header tells the size of the whole file."""
-    if path.stat().st_size == 0:
-        return "is empty"
+    if not name.endswith(".safetensors"):
+        return "" if path.stat().st_size else "is empty"
     try:
-        if name.endswith(".safetensors"):
-            with safetensors.safe_open(path, framework="np"):
-                pass
+        with safetensors.safe_open(path, framework="np"):
+            return ""
     except (safetensors.SafetensorError, OSError):
         return "is no whole safetensors file"
-    return ""
 
 
-def pick_sha256(files: list[dict[str, Any]], size: float, query: str) -> str | None:
-    """The hash of the listed file that a download of `size` bytes is. A version may hold training data and other
-    precisions too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
-    wanted = dict(parse_qsl(query))
+@dataclass(frozen=True)
+class Listed:
+    """What Civitai lists of a file."""
 
-    def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
-        metadata = file.get("metadata") or {}
-        asked = sum(metadata.get(name) == value for name, value in wanted.items())
-        same_size = abs(file.get("sizeKB", 0) * 1024 - size) < 1
-        return same_size, file.get("type") == wanted.get("type"), asked, bool(file.get("primary"))
+    sha256: str = ""  # lower case
+    name: str = ""  # "negativeXL_D.safetensors"
+    kind: str = ""  # of its model: "LORA", "TextualInversion", "Checkpoint"
 
-    hashed = [file for file in files if (file.get("hashes") or {}).get("SHA256")]
-    return max(hashed, key=fit)["hashes"]["SHA256"].lower() if hashed else None
+    @classmethod
+    def of(cls, listing: dict[str, Any], size: float, query: str) -> Listed:
+        """The listed file that a download of `size` bytes is. A version may hold training data and other precisions
+        too: the exact size tells, then what the URL asked for, then Civitai's own choice."""
+        wanted, model = dict(parse_qsl(query)), listing.get("model") or {}
+
+        def fit(file: dict[str, Any]) -> tuple[bool, bool, int, bool]:
+            metadata = file.get("metadata") or {}
+            asked = sum(metadata.get(name) == value for name, value in wanted.items())
+            same_size = abs(file.get("sizeKB", 0) * 1024 - size) < 1
+            return same_size, file.get("type") == wanted.get("type"), asked, bool(file.get("primary"))
+
+        file = max((file for file in listing["files"] if (file.get("hashes") or {}).get("SHA256")), key=fit, default={})
+        kind = re.fullmatch(r"\w{1,40}", str(model.get("type") or ""))  # clients read it
+        return cls(file["hashes"]["SHA256"].lower() if file else "", str(file.get("name", "")), kind[0] if kind else "")
 
 
 # what can go wrong
@@ -861,6 +1014,11 @@ def is_gone(owner: str) -> bool:
     return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
 
+def new_owner() -> str:
+    """A name of this process that tells others whether it is still there."""
+    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 class StoreLock:
     """One worker at a time fetches a file; `with` waits for its turn.
 
@@ -870,8 +1028,7 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.with_name(f".{path.name}.lock")
-        self.owner = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.file, self.owner = beside(path, "lock"), new_owner()
         self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
@@ -919,10 +1076,11 @@ class StoreLock:
             return self.file.read_text(errors="replace")
         return ""
 
-
-def left_of(path: Path) -> list[Path]:
-    """What downloads of a file have left beside it: parts and journals."""
-    return [file for file in path.parent.glob(f".{glob.escape(path.name)}.*") if file.suffix in (".part", ".journal")]
+    def is_held(self, now: float) -> bool:
+        """Whether a living worker has it; now: by the file server's clock."""
+        with suppress(FileNotFoundError):
+            return now - self.file.stat().st_mtime < LOCK_DEAD_S and not is_gone(self.read())
+        return False
 
 
 class Part:
@@ -939,7 +1097,7 @@ class Part:
         """hashed: whether a hash will find lost writes in the end; else bytes of another machine, or of before this one
         crashed, do not count."""
         self.path, self.size, self.hashed = path, size, hashed
-        self.data, self.journal = (path.with_name(f".{path.name}.{identity}.{kind}") for kind in ("part", "journal"))
+        self.data, self.journal = (beside(path, f"{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
         self.begun: dict[int, int] = {}  # segment -> where its next byte goes
         self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
@@ -965,11 +1123,15 @@ class Part:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
-        self.given_up = True
-        self.ended.set()
+        self.give_up()
         if kind and issubclass(kind, WrongFile | OSError) and kind is not FileNotFoundError:
             for file in (self.data, self.journal):
                 file.unlink(missing_ok=True)
+
+    def give_up(self) -> None:
+        """Has all threads that work on it end."""
+        self.given_up = True
+        self.ended.set()
 
     def check_ours(self) -> None:
         """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: what
@@ -1028,10 +1190,10 @@ class Part:
             at = end
         return digest.hexdigest()
 
-    def publish(self, sha256: str) -> None:
-        """Gives the file its name, with every byte on the disk before."""
+    def publish(self, sha256: str, name: str) -> None:
+        """Gives the file its name, with every byte on the disk before. name: the one at Civitai."""
         os.fsync(self.bytes.fileno())
-        write_record(self.path, os.fstat(self.bytes.fileno()), sha256)
+        write_record(self.path, os.fstat(self.bytes.fileno()), sha256, name)
         self.data.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
         with suppress(OSError):  # some network file systems cannot make a rename last, and need not
@@ -1065,6 +1227,7 @@ class Download:
         self.source: Source | None = None
         self.proven: Source | None = None  # the last that has brought bytes
         self.size, self.part, self.fetched = math.inf, None, False
+        self.patience_s, self.of_job = PATIENCE_S, False  # of_job: no configuration but a job asks for it
         self.lock, self.renewing = threading.Lock(), threading.Lock()
         self.resume = -math.inf  # the end of the last wait after a fault
         self.progressed(math.inf)
@@ -1077,7 +1240,7 @@ class Download:
         there by hand, is checked: by its header, and by its hash where one is known."""
         if not self.path.exists():
             return "is missing"
-        recorded, untouched = read_record(self.path)
+        recorded, listed, untouched = read_record(self.path)
         expected = self.sha256 or recorded
         if untouched and recorded == expected:
             return ""
@@ -1089,7 +1252,7 @@ class Download:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return WRONG_HASH
         with suppress(OSError):  # a volume may be read-only
-            write_record(self.path, stat, expected)
+            write_record(self.path, stat, expected, listed)
         return ""
 
     def folder(self) -> Path:
@@ -1109,58 +1272,58 @@ class Download:
         self.source = self.ask() if self.problem() else None
 
     def ensure(self, again: bool = False) -> Path:
-        """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError."""
+        """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError; of a job's file
+        what Store.admit raises, too."""
         with disk_errors(self):
-            while not self.fetched and (again or self.problem()):
+            while True:
+                if not self.of_job:  # no job's file any more, which would go when another needs its room
+                    with suppress(OSError):
+                        beside(self.path, "job").unlink()
+                if self.fetched or not (again or self.problem()):
+                    break
                 again = self.take_turn(again)
             if not self.fetched:  # what was fetched is in the page cache
                 read_ahead(self.path, self.store.readers)
         return self.path
 
     def take_turn(self, again: bool) -> bool:
-        """Fetches the file, unless another worker has done so while this one waited; whether it is to be `again`."""
+        """Fetches the file with patience, unless another worker has done so while this one waited; whether it is to be
+        `again`. What comes and fails its checks is thrown away and fetched once more, then refused."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            again = again and not lock.waited
+            again, refused = again and not lock.waited, False
             problem = "" if again else self.problem()
             if problem and self.path.exists():
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
-            try:
-                if again or problem:
-                    self.fetch(lock, again)
-            except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
-                log.warning("%s: another worker has taken it over", self)
-                time.sleep(LOCK_POLL_S)
-                for file in () if self.problem() else left_of(self.path):  # published meanwhile: our part is in vain
-                    file.unlink(missing_ok=True)
+            self.progressed(math.inf)
+            while (again or problem) and not self.fetched:
+                try:
+                    self.fetch(lock)
+                except Fault as fault:
+                    time.sleep(self.bear(fault))
+                except WrongFile as wrong:
+                    if not again and not self.problem():  # where locks do nothing, another worker has brought it
+                        break
+                    if refused:
+                        raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
+                    log.warning("%s: what came %s: fetching it once more", self, wrong)
+                    refused = True
+                    self.progressed(math.inf)
+                except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
+                    log.warning("%s: another worker has taken it over", self)
+                    time.sleep(LOCK_POLL_S)
+                    for file in () if self.problem() else left_of(self.path):  # published: our part is in vain
+                        file.unlink(missing_ok=True)
+                    break
         return again
-
-    def fetch(self, lock: StoreLock, again: bool) -> None:
-        """Fetches the file, with patience; what comes and fails its checks is thrown away and fetched once more, then
-        refused."""
-        self.progressed(math.inf)
-        refused = False
-        while not self.fetched:
-            try:
-                self.fetch_once(lock)
-            except Fault as fault:
-                time.sleep(self.bear(fault))
-            except WrongFile as wrong:
-                if not again and not self.problem():  # where locks do nothing, another worker has brought it meanwhile
-                    return
-                if refused:
-                    raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
-                log.warning("%s: what came %s: fetching it once more", self, wrong)
-                refused = True
-                self.progressed(math.inf)
 
     def progressed(self, left: float) -> None:
         """Bytes came, and so many are left to come: faults count from here again."""
-        self.faults, self.deadline, self.left = 0, time.monotonic() + PATIENCE_S, left
+        self.faults, self.deadline, self.left = 0, time.monotonic() + self.patience_s, left
 
     def bear(self, fault: Fault, began: float = math.inf) -> float:
-        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after PATIENCE_S.
+        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after patience_s.
 
         began: when the request was sent; those of before the last wait's end are part of the fault waited for.
         """
@@ -1172,26 +1335,37 @@ class Download:
                 self.resume = now + (fault.wait_s or backoff)
                 if self.faults >= fault.tries or self.resume > self.deadline:
                     detail = f"{self.faults} tries in a row"
+                    if self.part:
+                        self.part.give_up()
                     raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=detail) from None
                 log.warning("%s: %s; trying again in %.1f s", self, fault, self.resume - now)
             return max(0.0, self.resume - now)
 
-    def fetch_once(self, lock: StoreLock) -> None:
-        """The file from the first request to its name. Raises WrongFile, Fault, LockLost or DownloadError."""
+    def fetch(self, lock: StoreLock) -> None:
+        """The file from the first request to its name. Raises WrongFile, Fault, LockLost, and what check_space and
+        admit raise."""
         started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
         source = self.source if self.source and not self.part and not self.source.whole else self.ask()
         self.source = source
-        expected = self.sha256 or self.listed_sha256(source.size)
+        listed = Listed() if self.sha256 else self.look_up(source.size)
+        expected = self.sha256 or listed.sha256
         told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
         identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()[:16]  # of one stream: of no use to another
         # 2. room for it, and what others left of it
+        if self.of_job:
+            self.store.admit(self, listed.kind)
         self.store.check_space()
         with Part(self.path, source.size, identity, bool(expected)) as part:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
-            self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
+            if source.whole:
+                self.fetch_whole(part)
+            else:
+                running = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
+                for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                    future.result()
             # 4. checks, and its name
             part.check_ours()
             if problem := content_problem(part.data, self.path.name):
@@ -1200,7 +1374,7 @@ class Download:
                 raise WrongFile(WRONG_HASH)
             if not lock.read().startswith(lock.owner):
                 raise LockLost
-            part.publish(hashing.result())
+            part.publish(hashing.result(), listed.name)
         self.fetched, seconds = True, time.monotonic() - started
         note = "SHA256 verified" if expected else "no SHA256 to verify it by"
         log.info("%s: %.1f MB in %.1f s, %s", self, part.size / MB, seconds, note)
@@ -1239,8 +1413,8 @@ class Download:
             said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
 
-    def listed_sha256(self, size: float) -> str | None:
-        """The hash that Civitai publishes for the file of `size` bytes; None where it tells none."""
+    def look_up(self, size: float) -> Listed:
+        """What Civitai's listing tells of the file of `size` bytes; nothing where it cannot be had."""
         why = ""
         for _ in range(2 if self.version else 0):
             try:
@@ -1250,7 +1424,7 @@ class Download:
                     body = read_body(response, 16 * MIB, LISTING_S)
                 if response.status_code != 200:
                     raise Fault(f"it answered {response.status_code}{refusal}")
-                return pick_sha256(json.loads(body)["files"], size, urlsplit(self.url).query)
+                return Listed.of(json.loads(body), size, urlsplit(self.url).query)
             except Fault as fault:
                 why = str(fault)
             except ValueError:
@@ -1259,7 +1433,7 @@ class Download:
             except (LookupError, TypeError, AttributeError):
                 why = "its listing has not the form that is known"
             log.warning("%s: Civitai tells no hash: %s", self, why)
-        return None
+        return Listed()
 
     def fetch_whole(self, part: Part) -> None:
         """The bytes in one stream, from a server without ranges."""
@@ -1273,12 +1447,6 @@ class Download:
             part.mark(segment - 1)
         if at < part.size:
             raise Fault("the server ended the file early")
-
-    def fetch_ranges(self, part: Part) -> None:
-        """The missing segments over many connections."""
-        running = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
-        for future in wait(running, return_when=FIRST_EXCEPTION).done:
-            future.result()
 
     def fetch_runs(self, part: Part) -> None:
         """Fetches segments as long as there are any; after a fault it waits, and asks for a new link."""
@@ -1295,7 +1463,8 @@ class Download:
                 part.todo.extendleft(reversed(run))
             if part.given_up:
                 break
-            if source is not self.proven or not fault.of_link:  # else the link has expired, which is no fault
+            # a link that has expired, or that has been renewed meanwhile, is no fault
+            if not fault.of_link or (source is not self.proven and source is self.source):
                 self.store.connections.halve(began)
                 part.ended.wait(self.bear(fault, began))
             self.renew(part, source)

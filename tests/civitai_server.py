@@ -92,6 +92,7 @@ class CivitaiServer:
         self.uses: Counter[str] = Counter()  # of each link
         self.serving, self.peak = 0, 0  # requests that the CDN serves now, and served at once at most
         self.faults: dict[int, list[Fault]] = {}
+        self.kinds: dict[int, str] = {}  # the types of models, such as LORA and TextualInversion; else Other
         self.requests: list[Request] = []
         self.connections = 0  # opened so far
         self.most = threading.BoundedSemaphore(1000)  # requests that the CDN serves at once; 429 beyond
@@ -251,7 +252,8 @@ class Handler(BaseHTTPRequestHandler):
         file |= {"primary": True, "hashes": hashes, "downloadUrl": link, "metadata": {"format": "SafeTensor"}}
         training = {"id": 1, "name": "training.zip", "type": "Training Data", "sizeKB": 17.5, "primary": False}
         training |= {"hashes": {"SHA256": "F" * 64}, "downloadUrl": f"{link}?type=Training%20Data"}
-        body = json.dumps({"id": version_id, "name": "v1.0", "files": [training, file]}).encode()
+        version = {"id": version_id, "name": "v1.0", "model": {"type": civitai.kinds.get(version_id, "Other")}}
+        body = json.dumps(version | {"files": [training, file]}).encode()
         if not fault.drip_s and not fault.endless:
             return self.answer(200, body)
         self.head(200, None, "application/json", {})

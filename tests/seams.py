@@ -53,7 +53,6 @@ recorded_sha256 = handler.recorded_sha256  # what is known of a file in place
 log = handler.log  # whose lines are read
 in_background = handler.in_background  # threads whose errors come back
 machine = handler.machine  # for locks and journals as if of this machine, or of another
-pick_sha256 = handler.pick_sha256  # listings of many kinds, without a server each
 origin = handler.origin  # what a key is bound to, of addresses that no test can serve
 QUICK = {"FIRST_BACKOFF_S": 0.01, "LAST_BACKOFF_S": 0.05, "LISTING_S": 30}  # seconds
 QUICK |= {"SEGMENT": 1 << 18, "BLOCK": 1 << 16}
@@ -77,6 +76,11 @@ def model_address(config: dict, folder: Path) -> tuple[str, str]:
     return download.url, download.version
 
 
+def pick_sha256(files: list[dict], size: float, query: str) -> str:
+    """The hash of the listed file that a download is: listings of many kinds, without a server each."""
+    return handler.Listed.of({"files": files}, size, query).sha256
+
+
 def record_of(path: Path) -> Path:
     """Where the store notes what it knows of a file."""
     return path.with_name(f".{path.name}.json")
@@ -90,6 +94,25 @@ def write_record(path: Path, sha256: str | None) -> None:
 def sweep() -> None:
     """What every start does with leftovers of downloads."""
     handler.Store(handler.Settings.from_environ()).sweep()
+
+
+WorkerError = handler.WorkerError  # the code and the sentence of a job that fails before it is run
+
+
+def job_store() -> handler.Store:
+    """The store of one worker's jobs: a whole job would need models that fit, and cannot be two workers."""
+    return handler.Store(handler.Settings.from_environ())
+
+
+def fetch_for_job(store: handler.Store, version: int, kind: str = "lora") -> Path:
+    """The file of a LoRA or an embedding that a job names by its id."""
+    folders = {"lora": store.settings.lora_dir, "embedding": store.settings.embedding_dir}
+    return store.fetch_for_job(handler.civitai_config(str(version)), folders[kind])
+
+
+def mark_of(path: Path) -> Path:
+    """What tells a file that a job has brought from a configured one, and who used it last."""
+    return handler.beside(path, "job")
 
 
 def dead_owner() -> str:

@@ -434,7 +434,7 @@ def test_pick_sha256():
     assert seams.pick_sha256(files, 2000.25 * 1024, query) == "full"
     assert seams.pick_sha256(files, 12345, query) == "pruned"
     assert seams.pick_sha256(files, 12345, "type=Model") == "full"
-    assert seams.pick_sha256(files[:1], 12345, query) is None
+    assert seams.pick_sha256(files[:1], 12345, query) == ""
 
 
 def test_download_file_replaces(server, model, tmp_path):
