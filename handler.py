@@ -4402,6 +4402,8 @@ def embedding_list(name: str, value: Any) -> list[NamedModel]:
         called = item.get("name")
         if called is not None and not (isinstance(called, str) and re.fullmatch(EMBEDDING_NAME, called)):
             raise InvalidInput(f"{at}.name must be one word of letters, digits, _, - and ., got {shown(called)}")
+        if any(version == one.version or (called and called == one.name) for one in listed):
+            raise InvalidInput(f"{at}: {called or ''} Civitai model version {version} is given twice")
         listed.append(NamedModel(called, version))
     return listed
 
@@ -4471,9 +4473,10 @@ class JobRequest:
             values[name] = check_prompt(name, values[name], warnings)
         # 3. models; those of a recipe may be left out
         optional = frozenset({"loras", "embeddings"} & recipe.keys() - given.keys())
-        by_id = [item for item in (*(values["loras"] or ()), *values["embeddings"]) if item.version]
-        if by_id and not settings.job_models_bytes:
-            raise InvalidInput("loras and embeddings by id are switched off on this worker (JOB_MODELS_GB is 0)")
+        configured = [version_id(config) for config in (*settings.loras, *settings.embeddings)]
+        by_id = [item.version for item in (*(values["loras"] or ()), *values["embeddings"])]
+        if not settings.job_models_bytes and any(version not in configured for version in filter(None, by_id)):
+            raise InvalidInput("loras and embeddings by id are switched off on this worker: JOB_MODELS_GB is 0")
         values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings, "loras" in optional)
         # 4. pictures, last: their addresses take time
         check_passes(values, called)

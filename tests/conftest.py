@@ -16,7 +16,7 @@ CACHE = TESTS / ".cache"
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 SETTINGS = re.compile(
     r"(CIVITAI|HF|HUGGINGFACE|RUNPOD|BUCKET|AWS|SDXL|VAE|CHECKPOINT|LORA|TORCH_COMPILE|OUTPUT|MODEL)_?.*"
-    r"|LORAS|MAX_RESPONSE_MB|JOBS_IN_FLIGHT|ALLOW_CPU|.*_proxy|.*_PROXY"
+    r"|LORAS|EMBEDDINGS|JOB_MODEL\w*|MAX_RESPONSE_MB|JOBS_IN_FLIGHT|ALLOW_CPU|.*_proxy|.*_PROXY"
 )
 for name in filter(SETTINGS.fullmatch, list(os.environ)):
     del os.environ[name]
