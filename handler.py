@@ -4378,7 +4378,7 @@ def entries(
         elif "civitai" in item:
             digits = re.fullmatch("[0-9]{1,12}", item["civitai"]) if isinstance(item["civitai"], str) else None
             given_id = int(digits[0]) if digits else item["civitai"]
-            version = str(number(1, 10**12 - 1, whole=True)(f"{place}.civitai", given_id))
+            version = str(number(1, 10**10 - 1, whole=True)(f"{place}.civitai", given_id))
         yield place, item, version
 
 
