@@ -33,7 +33,6 @@ import functools
 import gc
 import glob
 import hashlib
-import heapq
 import importlib
 import io
 import ipaddress
@@ -83,7 +82,7 @@ class Lazy:
 torch, diffusers, transformers, runpod = Lazy("torch"), Lazy("diffusers"), Lazy("transformers"), Lazy("runpod")
 np, requests, urllib3, tqdm = Lazy("numpy"), Lazy("requests"), Lazy("urllib3"), Lazy("tqdm")
 safetensors, peft = Lazy("safetensors"), Lazy("peft")
-aiohttp, regex = Lazy("aiohttp"), Lazy("regex")
+aiohttp, regex, tokenizers = Lazy("aiohttp"), Lazy("regex"), Lazy("tokenizers")
 boto3, botocore, rp_upload = Lazy("boto3"), Lazy("botocore"), Lazy("runpod.serverless.utils.rp_upload")
 
 log = logging.getLogger("worker")
@@ -2271,15 +2270,21 @@ WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
 MANY_STATES = 2_000  # of a prompt, above which equal ones are joined before they are compared
+BLOCK_STATES = 256  # how many are compared with all others at once
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
 # What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
 SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-BORDER = re.compile(rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])")
+FIRST_MARK = 0xD800  # marks stand for embeddings inside of prompts: lone surrogates, which no job's text holds
+MARK = re.compile("([\ud800-\udfff])")
+BORDER = re.compile(
+    rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])|(?<=[\ud800-\udfff])(?=.)|(?<=.)(?=[\ud800-\udfff])", re.DOTALL
+)
 CLAUSE_END = re.compile(rf"[,.!?…，。！？、][\"')\]”’»」』]*[{SPACE}]*$")
 
 LORA_TAG = re.compile(r"<(?:lora|lyco):([^:>]*+)(?::([^:>]*+)[^>]*+)?>", re.IGNORECASE)
+UNKNOWN_EMBEDDING = re.compile(r"(?<![\w\\-])embedding:(?!\s*+[+-]?[\d.]++\s*+\))([\w.-]*\w)", re.IGNORECASE)
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"  # a backslash before anything else vanishes, as in A1111
     r"|(?P<open>[(\[])"
@@ -2295,6 +2300,84 @@ PROMPT_EDITING = re.compile(
 )
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
+
+
+# embeddings
+
+
+class BadEmbedding(Exception):
+    """Why a file cannot be used as an embedding, in words for a client."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A textual inversion: vectors that a prompt has, each as a token, where it says the name. Equal ones have the
+    same name and vectors."""
+
+    name: str
+    clip_l: Any = field(compare=False, repr=False)  # float32 (n, 768), for the first text encoder
+    clip_g: Any = field(compare=False, repr=False)  # float32 (n, 1280), for the second
+    digest: str  # of the vectors
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One of an embedding's vectors, in the place of a token."""
+
+    embedding: Embedding
+    index: int
+
+
+def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
+    """The embedding of a safetensors file, or of the tensors clip_l and clip_g that a LoRA's file bundles.
+
+    Raises BadEmbedding for what is none for SDXL, or has more vectors than a chunk of the prompt has tokens.
+    """
+    try:
+        if isinstance(source, Path):
+            with safetensors.safe_open(source, "pt") as opened:
+                keys = set(opened.keys())
+                source = {part: opened.get_tensor(part) for part in keys & {"clip_l", "clip_g"}}
+        else:
+            keys = set(source)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadEmbedding("the file is damaged or not a safetensors file") from error
+    if missing := {"clip_l", "clip_g"} - source.keys():
+        what = "no embedding for SDXL, which has vectors clip_l and clip_g"
+        if keys & {"emb_params", "string_to_param"}:
+            what = "an embedding for Stable Diffusion 1 or 2, not for SDXL"
+        elif len(missing) == 1:
+            what = f"no embedding for SDXL: it lacks the vectors {missing.pop()}"
+        elif any(re.search("lora|lokr|hada_", key) for key in keys):
+            what = "a LoRA: name it among the job's loras"
+        raise BadEmbedding(f"the file is {what}")
+    encoders, vectors, digest = (pipe.text_encoder, pipe.text_encoder_2), [], hashlib.sha256()
+    for part, encoder in zip(("clip_l", "clip_g"), encoders, strict=True):
+        tensor, width = source[part], encoder.config.hidden_size
+        if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():
+            raise BadEmbedding(f"its {part} must be floating-point numbers (n, {width}), got {list(tensor.shape)}")
+        vectors.append(tensor.float().contiguous())  # float8 and bfloat16 too: float32 holds them exactly
+        if not vectors[-1].isfinite().all():
+            raise BadEmbedding(f"its {part} holds NaN or infinite numbers")
+        digest.update(vectors[-1].numpy().tobytes())
+    sizes = [len(rows) for rows in vectors]
+    if sizes[0] != sizes[1] or not 1 <= sizes[0] <= CHUNK_TOKENS:
+        raise BadEmbedding(f"it must have as many vectors clip_l as clip_g, 1 to {CHUNK_TOKENS}, got {sizes}")
+    return Embedding(name, *vectors, digest.hexdigest())
+
+
+def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
+    """The prompt with a mark for each use of an embedding: its name as a whole word, or as "embedding:name".
+
+    "(negativeXL_D:1.2), bad" -> "(\\ud800:1.2), bad". Case does not count, the longest name wins, and a backslash makes
+    the name a word like others.
+    """
+    if not marks:
+        return prompt
+    longest = sorted(marks, key=lambda mark: len(marks[mark].name), reverse=True)
+    names = "|".join(f"({re.escape(marks[mark].name)})" for mark in longest)
+    use = re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?![\w-])", re.IGNORECASE)
+    return use.sub(lambda found: longest[found.lastindex - 1], prompt)
 
 
 # A1111's prompt language
@@ -2357,87 +2440,61 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
 
 def well_formed(text: str) -> str:
     """The text with U+FFFD for each lone surrogate, which UTF-8 cannot carry."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return MARK.sub("\ufffd", text)
 
 
 # tokens
 
-
-def merge_symbols(ranks: Mapping[tuple[str, str], int], symbols: list[str]) -> list[str]:
-    """Byte-pair encoding of one word in n log n: its symbols -> its tokens. CLIPTokenizer's own loop is quadratic.
-
-    As in that loop, every occurrence of the best pair is merged, from left to right, before a new pair counts.
-    """
-    symbols = [*symbols, ""]  # the end, in no pair; [-1] is before the start too
-    after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
-    heap: list[tuple[int, int]] = []
-    changed: Iterable[int] = range(len(symbols) - 1)
-    while True:
-        for left in changed:
-            rank = ranks.get((symbols[left], symbols[after[left]])) if symbols[left] else None
-            if rank is not None:
-                heapq.heappush(heap, (rank, left))
-        if not heap:
-            return [symbol for symbol in symbols if symbol]
-        best, changed = heap[0][0], []
-        while heap and heap[0][0] == best:
-            left = heapq.heappop(heap)[1]
-            right = after[left]
-            if symbols[left] and ranks.get((symbols[left], symbols[right])) == best:  # else merged since it was pushed
-                symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-                after[left], before[after[right]] = after[right], left
-                changed += [before[left], left]
+Tokens = tuple[list[str | Vector], ...]  # of one text, one list for each tokenizer
 
 
-Tokens = tuple[list[str], ...]  # of one text, one list for each tokenizer
+@functools.lru_cache(maxsize=4)
+def in_linear_time(tokenizer: Any) -> Any:
+    """A copy of the slow CLIPTokenizer that gives the same tokens, but whose time does not grow with the square of a
+    word's length; any other tokenizer as it is."""
+    if not hasattr(tokenizer, "bpe_ranks"):
+        return tokenizer
+    bpe = tokenizers.models.BPE(tokenizer.encoder, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>")
+    twin = copy.copy(tokenizer)
+    # its cache has the special tokens from the start
+    twin.bpe = lambda word: tokenizer.cache.get(word) or " ".join(token.value for token in bpe.tokenize(word))
+    return twin
 
 
-class Reader:
-    """Texts to CLIP's tokens, each read once.
+class Tokenizer:
+    """Texts to the tokens of CLIP's tokenizers, each once: "a cat" -> (["a</w>", "cat</w>"], ["a</w>", "cat</w>"]).
 
-    SDXL's tokenizers differ: the second reads each "!" as its padding token, so "wow!!!" is two tokens for the first
-    and four for the second. special_as_text reads a written "<|endoftext|>" as the words that it is made of; as a
-    token it would end the prompt for the pooled embedding.
+    SDXL's two differ: the second reads each "!" as its padding token, so "wow!!!" is two tokens for the first and four
+    for the second. special_as_text reads a written "<|endoftext|>" as the words that it is made of; as a token it would
+    end the prompt for the pooled embedding. A mark is the vectors of its embedding.
     """
 
-    def __init__(self, *tokenizers: Any, special_as_text: bool = False) -> None:
-        self.tokenizers = [self.linear(tokenizer) for tokenizer in tokenizers]
+    def __init__(
+        self, *tokenizers: Any, special_as_text: bool = False, marks: Mapping[str, Embedding] | None = None
+    ) -> None:
+        self.tokenizers = [in_linear_time(tokenizer) for tokenizer in tokenizers]
+        self.special = set(tokenizers[0].all_special_tokens)
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
-        self.special = set(tokenizers[0].all_special_tokens)
+        self.vectors = {
+            mark: [Vector(embedding, index) for index in range(len(embedding.clip_l))]
+            for mark, embedding in (marks or {}).items()
+        }
         self.known: dict[str, Tokens] = {}
 
-    @staticmethod
-    def linear(tokenizer: Any) -> Any:
-        """A tokenizer with the same ids and no quadratic loop: of the slow one a copy that merges by merge_symbols."""
-        if not hasattr(tokenizer, "bpe_ranks"):
-            return tokenizer
-
-        @functools.cache
-        def bpe(word: str) -> str:
-            """The tokens of a word, joined by spaces, as CLIPTokenizer.bpe returns them."""
-            if word in tokenizer.cache:  # special tokens are there from the start
-                return tokenizer.cache[word]
-            return " ".join(merge_symbols(tokenizer.bpe_ranks, [*word[:-1], word[-1] + "</w>"]))
-
-        twin = copy.copy(tokenizer)
-        twin.bpe = bpe
-        return twin
-
     def __call__(self, text: str) -> Tokens:
-        """ "a <|endoftext|>" -> (["a</w>", "<|endoftext|>"], ["a</w>", "<|endoftext|>"])."""
         if text not in self.known:
-            found = [tokenizer.tokenize(text) for tokenizer in self.tokenizers]
-            self.known[text] = tuple([t for token in row for t in self.words.get(token, [token])] for row in found)
+            found: Tokens = tuple([] for _ in self.tokenizers)
+            for part in MARK.split(text):
+                for row, tokenizer in zip(found, self.tokenizers, strict=True):
+                    tokens = self.vectors.get(part) or tokenizer.tokenize(part)
+                    row += [t for token in tokens for t in self.words.get(token, [token])]
+            self.known[text] = found
         return self.known[text]
 
     def size(self, text: str) -> int:
         """How many of a chunk's tokens a text takes up."""
         return max(map(len, self(text)))
-
-    def ends_word(self, token: str) -> bool:
-        """Whether a word ends with a token of the first tokenizer."""
-        return token.endswith("</w>") or token in self.special
 
 
 # chunks
@@ -2458,19 +2515,19 @@ class Piece:
         return max(map(len, self.tokens))
 
 
-def cut_pieces(read: Reader, text: str, max_tokens: int, weight: float = 1.0) -> Iterator[Piece]:
+def cut_pieces(tokenize: Tokenizer, text: str, max_tokens: int, weight: float = 1.0) -> Iterator[Piece]:
     """Pieces of at most max_tokens, whose texts, joined, are the text, and whose tokens, joined, are its tokens.
 
-    Pieces end at white space and at commas before a letter. What is longer than max_tokens is cut between its words
-    (Chinese and tag lists have no spaces), a longer word between its characters.
+    Pieces end at white space, at commas before a letter, and around embeddings. What is longer than max_tokens is cut
+    between its words (Chinese and tag lists have no spaces), a longer word between its characters.
     """
     for part in BORDER.split(text):
-        for word in [part] if read.size(part) <= max_tokens else cut_words(read, part):
-            for i, piece in enumerate(cut_characters(read, word, max_tokens)):
-                yield Piece(piece, read(piece), weight, continues=i > 0)
+        for word in [part] if tokenize.size(part) <= max_tokens else cut_words(tokenize, part):
+            for i, piece in enumerate(cut_characters(tokenize, word, max_tokens)):
+                yield Piece(piece, tokenize(piece), weight, continues=i > 0)
 
 
-def cut_words(read: Reader, text: str) -> list[str]:
+def cut_words(tokenize: Tokenizer, text: str) -> list[str]:
     """An unspaced text cut where a token ends a word: "cat,dog" -> ["cat", ",", "dog"].
 
     Tokens spell the bytes of the cleaned text; how many of them a character makes up shows when it is read alone, or
@@ -2480,10 +2537,13 @@ def cut_words(read: Reader, text: str) -> list[str]:
     @functools.cache
     def lengths(part: str) -> list[int]:
         """Bytes that each token of a part spells."""
-        return [len(token.removesuffix("</w>")) for token in read(part)[0]]
+        return [len(token.removesuffix("</w>")) for token in tokenize(part)[0]]
 
-    places = accumulate(lengths(text))
-    ends = {place for place, token in zip(places, read(text)[0], strict=True) if read.ends_word(token)}
+    ends = {
+        place
+        for place, token in zip(accumulate(lengths(text)), tokenize(text)[0], strict=True)
+        if token.endswith("</w>") or token in tokenize.special
+    }
     for characters in (list(text), regex.findall(r"\X", text)):
         reached = list(accumulate(sum(lengths(character)) for character in characters))
         if reached[-1] == sum(lengths(text)):
@@ -2492,13 +2552,14 @@ def cut_words(read: Reader, text: str) -> list[str]:
     return [text]
 
 
-def cut_characters(read: Reader, word: str, max_tokens: int) -> list[str]:
+def cut_characters(tokenize: Tokenizer, word: str, max_tokens: int) -> list[str]:
     """[word], or where that is longer than max_tokens about equal parts that are not: only ids at the cuts change."""
-    if read.size(word) <= max_tokens or len(word) == 1:
+    size = tokenize.size(word)
+    if size <= max_tokens or len(word) == 1:
         return [word]
-    length = math.ceil(len(word) / math.ceil(1.1 * read.size(word) / max_tokens))  # a tenth to spare: cuts cost tokens
+    length = math.ceil(len(word) / math.ceil(1.1 * size / max_tokens))  # a tenth to spare: cuts cost tokens
     parts = (word[i : i + length] for i in range(0, len(word), length))
-    return [piece for part in parts for piece in cut_characters(read, part, max_tokens)]
+    return [piece for part in parts for piece in cut_characters(tokenize, part, max_tokens)]
 
 
 def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
@@ -2545,69 +2606,98 @@ def tokenize_chunks(tokenizer: Any, prompt: str, max_tokens: int = CHUNK_TOKENS)
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    pieces = cut_pieces(Reader(tokenizer), well_formed(prompt), max_tokens)
+    pieces = cut_pieces(Tokenizer(tokenizer), well_formed(prompt), max_tokens)
     return ["".join(piece.text for piece in chunk).strip(SPACE) for chunk in pack_chunks(pieces, max_tokens)]
 
 
-def chunk_prompt(read: Reader, prompt: str, long_prompt: str) -> list[list[Piece]]:
+def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[list[Piece]]:
     """A job's prompt, its syntax read, in chunks; at least one. "truncate" leaves all in one, which the window cuts.
 
     BREAK fills a chunk, be it empty: "a BREAK b" -> 2 chunks, "BREAK a" -> 2, "a BREAK" -> 1, as in A1111.
     """
-    stretches = parse_prompt(split_lora_tags(prompt)[0])
+    stretches = parse_prompt(prompt)
     if long_prompt == "truncate":
-        return [[Piece(text, read(text), weight) for text, weight in chain(*stretches)]]
+        return [[Piece(text, tokenize(text), weight) for text, weight in chain(*stretches)]]
     chunks: list[list[Piece]] = []
     for stretch in stretches:
-        pieces = (piece for text, weight in stretch for piece in cut_pieces(read, text, CHUNK_TOKENS, weight))
+        pieces = (piece for text, weight in stretch for piece in cut_pieces(tokenize, text, CHUNK_TOKENS, weight))
         chunks += pack_chunks(pieces, CHUNK_TOKENS) or [[]]
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
 
 
 # states
 
-
-@dataclass(frozen=True)
-class ChunkState:
-    """What the text encoders make of one chunk."""
-
-    hidden: Any  # (1, 77, 768 + 1280), weighted
-    count: int  # its tokens, of the encoder that has more of them
-    pooled: Any  # (1, 1280), the second encoder's, never weighted
+Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
 
 
-def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str = "no norm") -> list[ChunkState]:
+@contextmanager
+def vectors_in_place(encoder: Any, part: str, windows: list[Window]) -> Iterator[None]:
+    """Has a text encoder see the vectors of a batch of windows, whatever ids stand in their places: CLIPTextModel takes
+    nothing but ids. part: which of an embedding's tensors are this encoder's."""
+    places = [
+        (row, position, getattr(token.embedding, part)[token.index])
+        for row, window in enumerate(windows)
+        for position, token in enumerate(window)
+        if isinstance(token, Vector)
+    ]
+
+    def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
+        if not places:
+            return embedded
+        rows, positions, vectors = zip(*places, strict=True)
+        indices = torch.tensor([rows, positions], device=embedded.device)
+        return embedded.index_put(tuple(indices), torch.stack(vectors).to(embedded))
+
+    handle = encoder.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, Any, list[int]]:
     """All chunks in one batch through each text encoder, equal ones once.
 
-    Emphasis: a token's state is multiplied by its weight; "original" then restores the chunk's mean over the 77
-    positions, as A1111 does.
+    Returns the weighted states (n, 77, 768 + 1280); the second encoder's pooled vectors (n, 1280), never weighted; and
+    each chunk's tokens, of the encoder that has more of them. Emphasis: a token's state is multiplied by its weight;
+    "original" then restores the chunk's mean over the 77 positions, as A1111 does.
     """
     hidden, counts = [], [0] * len(chunks)
     device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
-    encoders = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
-    for k, (tokenizer, encoder) in enumerate(encoders):
+    encoders = ((pipe.tokenizer, pipe.text_encoder, "clip_l"), (pipe.tokenizer_2, pipe.text_encoder_2, "clip_g"))
+    for k, (tokenizer, encoder, part) in enumerate(encoders):
+        # 1. windows: in place of vectors an ordinary id, since EOS or one above it would move the pooled vector
+        [ordinary] = tokenizer.convert_tokens_to_ids(["a</w>"])
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
-            ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id]
-            windows.append((*ids, *[tokenizer.pad_token_id] * (WINDOW - len(ids))))
-            factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][:CHUNK_TOKENS]
-            weights[i, 1 : 1 + len(factors), 0] = torch.tensor(factors)
+            while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
+                tokens.pop()  # the window's end is in an embedding, of which a part means something else
+            ids = iter(tokenizer.convert_tokens_to_ids([token for token in tokens if isinstance(token, str)]))
+            window = [next(ids) if isinstance(token, str) else token for token in tokens]
+            window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
+            windows.append((*window, *[tokenizer.pad_token_id] * (WINDOW - len(window))))
+            factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][: len(tokens)]
+            weights[i, 1 : 1 + len(tokens), 0] = torch.tensor(factors)
             counts[i] = max(counts[i], len(tokens))
+        # 2. states (n, 77, D) and pooled vectors (n, D)
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
-        order = [place[window] for window in windows]
-        found = []
-        for part in torch.tensor(list(place), device=device).split(CHUNKS_AT_ONCE):
-            output = encoder(part, output_hidden_states=True)
+        unlike, found = list(place), []
+        for start in range(0, len(unlike), CHUNKS_AT_ONCE):
+            batch = unlike[start : start + CHUNKS_AT_ONCE]
+            ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
+            with vectors_in_place(encoder, part, batch):
+                output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)
             found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
-        states, pooled = (torch.cat(parts)[order] for parts in zip(*found, strict=True))  # (n, 77, D)
+        order = [place[window] for window in windows]
+        states, pooled = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
+        # 3. emphasis
         weighted = states * weights.to(device)
         if emphasis == "original":
             before, after = (t.float().mean((1, 2), keepdim=True) for t in (states, weighted))
             weighted = weighted * (before / after)
         hidden.append(weighted.to(dtype))
-    both = torch.cat(hidden, dim=-1)  # (n, 77, 2048); pooled is the second encoder's, (n, 1280)
-    return [ChunkState(both[i : i + 1], count, pooled[i : i + 1]) for i, count in enumerate(counts)]
+    return torch.cat(hidden, dim=-1), pooled, counts
 
 
 def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None = None) -> Any:
@@ -2635,61 +2725,82 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
     return blended.unsqueeze(0).to(dtype)
 
 
+def join_equal(states: Any, most: int) -> tuple[Any, Any]:
+    """(N, D) -> the group of each state, (N,), and each group's first state: equal states are one group, each other
+    is one of its own, and no fewer than `most` groups are made."""
+    own = group = torch.arange(len(states), device=states.device)
+    equal = states.unique(dim=0, return_inverse=True)[1]
+    first = own.new_full((len(own),), len(own)).scatter_reduce_(0, equal, own, "amin")[equal]
+    joined = (first != own).nonzero().flatten()[most - len(own) :]
+    group = own.index_copy(0, joined, first[joined])
+    left = (group == own).nonzero().flatten()
+    return own.index_copy(0, left, own[: len(left)])[group], left
+
+
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
     as they are.
 
     Rounds: pairs that are each other's most alike (cosine) are merged into the mean of all that they stand for, the
     most alike quarter of them, then anew: all at once would merge unlike ones early. Likeness is multiplied out once;
-    that of a mean follows from those of its parts.
+    that of a mean follows from those of its parts, and only rows whose nearest was merged look for another.
     """
-    count, device = len(states), states.device
-    group = torch.arange(count, device=device)  # state -> row of its mean in what follows
-    sizes, means = torch.ones_like(states[:, 0]), states
-    if count > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
-        equal = states.unique(dim=0, return_inverse=True)[1]
-        first = torch.full_like(group, count).scatter_reduce_(0, equal, group, "amin")[equal]
-        joined = (first != group).nonzero().flatten()[most - count :]
-        left = torch.ones_like(group).index_fill_(0, joined, 0).nonzero().flatten()
-        group = group.index_copy(0, joined, first[joined])
-        sizes, means, count = torch.bincount(group, minlength=count)[left].to(sizes), states[left], len(left)
-        group = torch.full_like(group, -1).index_copy_(0, left, torch.arange(count, device=device))[group]
-    norms = means.norm(dim=1).nan_to_num(1.0).clamp(1e-30, 1e15)
-    likeness = (means @ means.T / (norms * norms.unsqueeze(1))).nan_to_num(0.0, 0.0, 0.0)
-    likeness = (likeness + likeness.T) / 2  # a product is not symmetric to the last bit
-    likeness.fill_diagonal_(-math.inf)
+    group = left = torch.arange(len(states), device=states.device)  # state -> row of its mean in what follows
+    if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
+        group, left = join_equal(states, most)
+    count, device, means = len(left), states.device, states[left]
+    sizes, norms = torch.bincount(group).to(states.dtype), means.norm(dim=1)
+    whole = norms.isfinite().unsqueeze(1)  # a broken state is like no other
+    norms = norms.nan_to_num(1.0).clamp(1e-30, 1e15)
+    means = torch.where(whole, means / norms.unsqueeze(1), 0.0)
+    likeness = means.new_empty(count, count)
+    for start in range(0, count, BLOCK_STATES):  # of a symmetric product half; and symmetric to the last bit
+        block = slice(start, start + BLOCK_STATES)
+        rows = means[block] @ means[start:].T
+        rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
+        likeness[block, start:], likeness[start:, block] = rows, rows.T
+    gone = torch.zeros_like(norms)  # -inf for rows that were merged into others
+
+    def find_nearest(rows: Any) -> tuple[Any, Any]:
+        """For each of these rows the likeness of the row that is most like it, and which that is."""
+        found = likeness[rows] + gone
+        found[torch.arange(len(rows), device=device), rows] = -math.inf
+        return found.max(dim=1)
+
+    best, nearest = find_nearest(torch.arange(count, device=device))
     while count > most:
-        # 1. pairs that are each other's most alike share their rows' maximum
-        best, order = likeness.amax(dim=1).sort(stable=True)
-        twin = (best[1:] == best[:-1]) & (best[1:] > -math.inf)
-        rows = order[torch.nn.functional.pad(twin, (1, 0)) | torch.nn.functional.pad(twin, (0, 1))]
-        partner = torch.full_like(order, -1).index_copy_(0, rows, likeness[rows].argmax(dim=1))
-        first = rows.sort().values
-        first = first[(partner[partner[first]] == first) & (first < partner[first])]
-        # 2. the most alike quarter of them: the second joins the first
-        ranked = likeness[first, partner[first]].argsort(descending=True, stable=True)
-        first = first[ranked[: min(max(len(first) // 4, 1), count - most)]]
-        second, count = partner[first], count - len(first)
+        # 1. the most alike quarter of the pairs that are each other's nearest
+        own = torch.arange(len(sizes), device=device)
+        first = ((nearest[nearest] == own) & (own < nearest)).nonzero().flatten()
+        ranked = best[first].argsort(descending=True, stable=True)
+        first = first[ranked[: min(max(len(first) // 4, 1), count - most)]].sort().values
+        # 2. the second joins the first
+        second, count = nearest[first], count - len(first)
         total = sizes[first] + sizes[second]
         a, b = norms[first] * sizes[first] / total, norms[second] * sizes[second] / total  # parts of the mean's length
-        norms[first] = (a * a + b * b + 2 * a * b * likeness[first, second]).sqrt().clamp_min(1e-30)
+        norms[first] = (a * a + b * b + 2 * a * b * best[first]).sqrt().clamp_min(1e-30)
         a, b = (a / norms[first]).unsqueeze(1), (b / norms[first]).unsqueeze(1)
-        likeness.fill_diagonal_(1.0)
         merged = likeness[first] * a + likeness[second] * b
         mutual = merged[:, first] * a.T + merged[:, second] * b.T
         merged[:, first] = (mutual + mutual.T) / 2
-        likeness[first], likeness[:, first], sizes[first] = merged, merged.T, total
-        # 3. rows that are gone are -inf, and taken out now and then
-        likeness.fill_diagonal_(-math.inf)
-        likeness[second], likeness[:, second] = -math.inf, -math.inf
-        sizes[second] = 0
-        group = torch.arange(len(sizes), device=device).index_copy_(0, second, first)[group]
+        likeness.index_copy_(0, first, merged).index_copy_(1, first, merged.T)
+        sizes[first], sizes[second], gone[second] = total, 0, -math.inf
+        group = own.index_copy(0, second, first)[group]
+        # 3. a new mean is nearer to a row than all others, or it is not; who lost its nearest looks at all
+        value, which = (merged + gone).max(dim=0)
+        lost = own.index_fill(0, first, -1).index_fill_(0, second, -1)[nearest] < 0
+        best[first] = math.inf  # theirs has changed, whatever it was
+        nearer = (value > best) | ((value == best) & (first[which] < nearest))
+        best, nearest = torch.where(nearer, value, best), torch.where(nearer, first[which], nearest)
+        lost = (lost & ~nearer & (sizes > 0)).nonzero().flatten()
+        best[lost], nearest[lost] = find_nearest(lost)
+        nearest[second] = second
+        # 4. rows that are gone are taken out now and then
         if count < 0.8 * len(sizes) or count <= most:
             left = sizes.nonzero().flatten()
-            group = torch.full_like(sizes, -1, dtype=torch.long).index_copy_(
-                0, left, torch.arange(count, device=device)
-            )[group]
-            sizes, norms = sizes[left], norms[left]
+            place = torch.full_like(own, -1).index_copy_(0, left, own[:count])
+            group, nearest = place[group], place[nearest[left]]
+            sizes, norms, best, gone = sizes[left], norms[left], best[left], gone[left]
             likeness = likeness.index_select(0, left).index_select(1, left)
     return torch.zeros_like(states[:count]).index_add_(0, group, states) / sizes.unsqueeze(1)
 
@@ -2698,24 +2809,22 @@ def merge_alike(states: Any, most: int) -> Any:
 class Encoded:
     """One prompt as the UNet takes it."""
 
-    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated
+    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated; None for no negative prompt at all
     pooled: Any  # (1, 1280)
-    chunks: int
+    chunks: int  # 0 for an empty negative prompt
 
     def to(self, device: Any) -> Encoded:
         """The same on another device."""
         return replace(self, embeds=self.embeds.to(device), pooled=self.pooled.to(device))
 
 
-def join_states(states: list[ChunkState], long_prompt: str) -> Encoded:
-    """Blended to (1, 77, 2048) with the mean of the pooled embeddings, which says what each chunk is about; or
-    concatenated to (1, 77·n, 2048) with the first chunk's, as in A1111."""
-    hidden = [state.hidden for state in states]
-    if long_prompt == "concat" or len(states) == 1:
-        return Encoded(torch.cat(hidden, dim=1), states[0].pooled, len(states))
-    pooled = torch.cat([state.pooled for state in states])
-    pooled = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
-    return Encoded(build_77_token_tensor(hidden, [state.count for state in states]), pooled, len(states))
+def join_chunks(states: Any, pooled: Any, counts: list[int], long_prompt: str) -> Encoded:
+    """A prompt's chunks blended to (1, 77, 2048) with the mean of the pooled embeddings, which says what each chunk is
+    about; or concatenated to (1, 77·n, 2048) with the first chunk's, as in A1111."""
+    if long_prompt == "concat" or len(counts) == 1:
+        return Encoded(torch.cat([*states]).unsqueeze(0), pooled[:1], len(counts))
+    mean = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
+    return Encoded(build_77_token_tensor([*states.split(1)], counts), mean, len(counts))
 
 
 def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOKENS) -> tuple[Any, Any]:
@@ -2723,12 +2832,12 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
     in it; (None, None) where it fits into the 77 tokens."""
     if not 1 <= max_tokens <= CHUNK_TOKENS:
         raise ValueError(f"max_tokens must be from 1 to {CHUNK_TOKENS}, got {max_tokens}")
-    read, prompt = Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
-    if read.size(prompt) <= CHUNK_TOKENS:
+    tokenize, prompt = Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
+    if tokenize.size(prompt) <= CHUNK_TOKENS:
         return None, None
+    chunks = pack_chunks(cut_pieces(tokenize, prompt, max_tokens), max_tokens)
     with torch.no_grad():
-        states = encode_chunks(pipe, pack_chunks(cut_pieces(read, prompt, max_tokens), max_tokens), clip_skip=2)
-        encoded = join_states(states, "blend")
+        encoded = join_chunks(*encode_chunks(pipe, chunks, clip_skip=2, emphasis="no norm"), "blend")
     return encoded.embeds, encoded.pooled
 
 
@@ -2737,15 +2846,12 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Both prompts of a job, as the pipeline takes them."""
+    """Both prompts of a job."""
 
-    prompt_embeds: Any  # (1, 77·n, 2048)
-    negative_prompt_embeds: Any  # the same shape; None without guidance
-    pooled_prompt_embeds: Any  # (1, 1280)
-    negative_pooled_prompt_embeds: Any
-    prompt_chunks: int
-    negative_prompt_chunks: int  # 0 where the negative prompt is empty or has no effect
+    prompt: Encoded
+    negative: Encoded  # of the same shape; without guidance its tensors are None
     warnings: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()  # the names of those that were used
 
 
 class PromptEncoder:
@@ -2755,22 +2861,25 @@ class PromptEncoder:
         self.pipe = pipe
         self.seen: dict[Hashable, Encoded] = {}  # in host memory, the last used at the end
 
-    def encode(self, request: JobRequest, stack: Hashable) -> Conditioning:
-        """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on.
+    def encode(self, request: JobRequest, stack: Hashable, embeddings: Mapping[str, Embedding]) -> Conditioning:
+        """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on, embeddings
+        (by their names) are what the prompts may use.
 
-        An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained. Where the
-        batch fails each prompt is tried alone, and where that fails cut to its first 75 tokens, with a warning.
+        An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
         """
-        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
-        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
-            prompts["negative prompt"] = request.negative_prompt
-        options = request.long_prompt, request.clip_skip, request.emphasis, stack
-        warnings: list[str] = []
-        try:
-            encoded = self.encode_prompts(list(prompts.values()), *options)
-        except Exception as error:  # noqa: BLE001 - the contract's fallback: all but the GPU's failures
-            raise_gpu_failure(error)
-            encoded = [self.encode_alone(name, prompt, warnings, *options) for name, prompt in prompts.items()]
+        marks = {chr(FIRST_MARK + i): embedding for i, embedding in enumerate(embeddings.values())}
+        prompt, negative_prompt = (
+            mark_embeddings(split_lora_tags(text)[0], marks) for text in (request.prompt, request.negative_prompt)
+        )
+        prompts, guidance = {"prompt": prompt}, request.guidance_scale > 1
+        if guidance and negative_prompt.strip():
+            prompts["negative prompt"] = negative_prompt
+        text, warnings = "\n".join(prompts.values()), []
+        if unknown := [*dict.fromkeys(UNKNOWN_EMBEDDING.findall(text))]:
+            few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            warnings.append(f"there is no embedding {few}: it was read as words")
+        options = marks, request.long_prompt, request.clip_skip, request.emphasis, stack
+        encoded = self.encode_or_cut(prompts, warnings, *options)
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
         if rest:
             positive, negative = self.match_lengths(positive, rest[0], options)
@@ -2778,41 +2887,60 @@ class PromptEncoder:
             negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         else:
             negative = Encoded(None, None, 0)
-        return Conditioning(
-            *(positive.embeds, negative.embeds, positive.pooled, negative.pooled),
-            *(positive.chunks, negative.chunks, tuple(warnings)),
-        )
+        used = tuple(embedding.name for mark, embedding in marks.items() if mark in text)
+        return Conditioning(positive, negative, tuple(warnings), used)
 
-    def encode_prompts(self, prompts: list[str], long_prompt: str, *options: Hashable) -> list[Encoded]:
-        """The prompts, those not seen before in one batch. options: clip_skip, emphasis, stack."""
-        keys = {prompt: (prompt, long_prompt, *options) for prompt in prompts}
+    def encode_or_cut(
+        self, prompts: Mapping[str, str], warnings: list[str], marks: Mapping, long_prompt: str, *options: Hashable
+    ) -> list[Encoded]:
+        """Prompts by what they are; where the batch fails each is tried alone, and where that fails cut to its first
+        75 tokens, with a warning."""
+        texts = list(prompts.values())
+        try:
+            return self.encode_prompts(texts, marks, long_prompt, *options)
+        except Exception as error:  # the contract's fallback: all but the GPU's failures
+            failure = explain(error)
+            if isinstance(failure, OutOfMemory | GpuLost):
+                raise failure from error
+            if len(prompts) > 1:
+                alone = [{name: prompt} for name, prompt in prompts.items()]
+                return [self.encode_or_cut(one, warnings, marks, long_prompt, *options)[0] for one in alone]
+            [name] = prompts
+            log.warning("the chunks of the %s could not be encoded: %r", name, error)
+            warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
+            return self.encode_prompts(texts, marks, "truncate", *options)
+
+    def encode_prompts(
+        self,
+        prompts: list[str],
+        marks: Mapping[str, Embedding],
+        long_prompt: str,
+        clip_skip: int,
+        emphasis: str,
+        stack: Hashable,
+    ) -> list[Encoded]:
+        """The prompts, those not seen before in one batch."""
+        keys = {}
+        for prompt in prompts:
+            used = tuple(marks[mark] for mark in dict.fromkeys(prompt) if mark in marks)
+            keys[prompt] = prompt, used, long_prompt, clip_skip, emphasis, stack
         new = [prompt for prompt, key in keys.items() if key not in self.seen]
         if new:
-            read = Reader(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True)
-            chunks = {prompt: chunk_prompt(read, prompt, long_prompt) for prompt in new}
-            states = iter(encode_chunks(self.pipe, list(chain(*chunks.values())), *options[:2]))
-            for prompt in new:
-                own = list(islice(states, len(chunks[prompt])))
-                self.seen[keys[prompt]] = join_states(own, long_prompt).to("cpu")
+            tokenize = Tokenizer(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True, marks=marks)
+            chunks = [chunk_prompt(tokenize, prompt, long_prompt) for prompt in new]
+            encoded = encode_chunks(self.pipe, list(chain(*chunks)), clip_skip, emphasis)
+            start = 0
+            for prompt, own in zip(new, chunks, strict=True):
+                part = [tensor_or_list[start : start + len(own)] for tensor_or_list in encoded]
+                self.seen[keys[prompt]] = join_chunks(*part, long_prompt).to("cpu")
+                start += len(own)
         for key in keys.values():
             self.seen[key] = self.seen.pop(key)
         while len(self.seen) > SEEN_PROMPTS:
             del self.seen[next(iter(self.seen))]
         return [self.seen[keys[prompt]] for prompt in prompts]
 
-    def encode_alone(
-        self, name: str, prompt: str, warnings: list[str], long_prompt: str, *options: Hashable
-    ) -> Encoded:
-        """One prompt; where its chunks cannot be encoded, its first 75 tokens and a warning."""
-        try:
-            return self.encode_prompts([prompt], long_prompt, *options)[0]
-        except Exception as error:  # noqa: BLE001 - as in encode
-            raise_gpu_failure(error)
-            log.warning("the chunks of the %s could not be encoded: %r", name, error)
-            warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
-            return self.encode_prompts([prompt], "truncate", *options)[0]
-
-    def match_lengths(self, a: Encoded, b: Encoded, options: tuple[Hashable, ...]) -> tuple[Encoded, Encoded]:
+    def match_lengths(self, a: Encoded, b: Encoded, options: tuple[Any, ...]) -> tuple[Encoded, Encoded]:
         """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common
         multiple, since attention over repeated states is the same, so this is what A1111 gets by running them apart.
         Where that is more than four times the longer, the shorter is filled up with the empty chunk."""
@@ -2827,13 +2955,6 @@ class PromptEncoder:
             replace(side, embeds=torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1)) for side in (a, b)
         )
         return a, b
-
-
-def raise_gpu_failure(error: Exception) -> None:
-    """Raises what no other way of encoding would cure: out of memory, and CUDA errors."""
-    failure = explain(error)
-    if isinstance(failure, OutOfMemory | GpuLost):
-        raise failure from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3527,10 +3648,10 @@ def denoise(
             scheduler = build_diffusers_scheduler(sampling.sampler, config, stage.steps)
         pipe.scheduler = scheduler
         latents = pipe(
-            prompt_embeds=conditioning.prompt_embeds,
-            negative_prompt_embeds=conditioning.negative_prompt_embeds,
-            pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=conditioning.negative_pooled_prompt_embeds,
+            prompt_embeds=conditioning.prompt.embeds,
+            negative_prompt_embeds=conditioning.negative.embeds,
+            pooled_prompt_embeds=conditioning.prompt.pooled,
+            negative_pooled_prompt_embeds=conditioning.negative.pooled,
             width=stage.width,
             height=stage.height,
             num_inference_steps=stage.run,
@@ -4745,7 +4866,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     log.info(
         "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
         *(job_id, request.num_images, request.width, request.height, request.seed),
-        *(conditioning.prompt_chunks, conditioning.negative_prompt_chunks, seconds, timings.seconds),
+        *(conditioning.prompt.chunks, conditioning.negative.chunks, seconds, timings.seconds),
     )
     return answer
 
@@ -4806,7 +4927,7 @@ def generate(
     if not changed:
         del timings.seconds["loras"]
     with timings("encode"):
-        conditioning = engine.encoder.encode(request, stack=tuple(sorted(engine.stack.applied.items())))
+        conditioning = engine.encoder.encode(request, tuple(sorted(engine.stack.applied.items())), embeddings={})
         latents = encode(pipe, [request.image.pixels]) if request.image else None
     observer.denoising()
     mask = None
@@ -4848,8 +4969,8 @@ def describe(
         ]
     return answered | {
         "seeds": request.seeds,
-        "prompt_chunks": conditioning.prompt_chunks,
-        "negative_prompt_chunks": conditioning.negative_prompt_chunks,
+        "prompt_chunks": conditioning.prompt.chunks,
+        "negative_prompt_chunks": conditioning.negative.chunks,
         "model": settings.checkpoint["name"],
         "model_version": version_id(settings.checkpoint),
         "vae": Path(settings.vae_model).name if Path(settings.vae_model).is_dir() else settings.vae_model,

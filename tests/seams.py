@@ -204,7 +204,7 @@ split_lora_tags = handler.split_lora_tags  # as above
 
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
     """How a job cuts a prompt, in pieces with their tokens: for its speed, and for the tokens of long words."""
-    return handler.chunk_prompt(handler.Reader(*tokenizers, special_as_text=True), prompt, long_prompt)
+    return handler.chunk_prompt(handler.Tokenizer(*tokenizers, special_as_text=True), prompt, long_prompt)
 
 
 # --- sampling
@@ -276,7 +276,7 @@ def denoise(
     config = engine.pipe.unet.config
     pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
     embeds = torch.zeros(1, 77, config.cross_attention_dim)
-    conditioning = handler.Conditioning(embeds, None, pooled, None, 1, 0, ())
+    conditioning = handler.Conditioning(handler.Encoded(embeds, pooled, 1), handler.Encoded(None, None, 0))
     one = handler.Pass(64, 64, steps, **{"run": steps, **stage})
     return handler.denoise(engine, request, conditioning, one, lambda _: None)
 
@@ -317,12 +317,11 @@ def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     """Chunks as a job encodes them, before they are joined: states (n, 77, D), token counts, pooled vectors (n, P)."""
     import torch
 
-    read = handler.Reader(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
+    tokenize = handler.Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
     with torch.inference_mode():
-        chunks = [handler.chunk_prompt(read, text, "truncate")[0] for text in texts]
-        states = handler.encode_chunks(pipe, chunks, clip_skip=2)
-    counts = [state.count for state in states]
-    return torch.cat([state.hidden for state in states]), counts, torch.cat([state.pooled for state in states])
+        chunks = [handler.chunk_prompt(tokenize, text, "truncate")[0] for text in texts]
+        states, pooled, counts = handler.encode_chunks(pipe, chunks, clip_skip=2, emphasis="no norm")
+    return states, counts, pooled
 
 
 # --- jobs

@@ -30,14 +30,14 @@ LONG = " ".join(random.Random(0).choices(WORD, k=200)) + " "  # as many tokens
 def encode(encoder, prompt, negative="", stack=(), **fields):
     request = replace(seams.parse({"prompt": "-", **fields}), prompt=prompt, negative_prompt=negative)
     with torch.inference_mode():
-        return encoder.encode(request, stack)
+        return encoder.encode(request, stack, {})
 
 
 def tensors(conditioning):
     """In the order of diffusers' encode_prompt."""
     return (
-        *(conditioning.prompt_embeds, conditioning.negative_prompt_embeds),
-        *(conditioning.pooled_prompt_embeds, conditioning.negative_pooled_prompt_embeds),
+        *(conditioning.prompt.embeds, conditioning.negative.embeds),
+        *(conditioning.prompt.pooled, conditioning.negative.pooled),
     )
 
 
@@ -251,8 +251,8 @@ def test_tensors_against_the_oracle(pipe, encoder, mode, seed):
     found = encode(encoder, prompt, negative, long_prompt=mode, clip_skip=clip_skip, emphasis=emphasis)
     most = 1e-4 if emphasis == "original" else 1e-5  # it divides by a mean that may be near zero
     assert_close(tensors(found), oracle.conditioning(pipe, prompt, negative, mode, clip_skip, emphasis), most)
-    assert found.prompt_chunks == len(oracle.chunks(pipe, prompt)) and not found.warnings
-    assert found.negative_prompt_chunks == (len(oracle.chunks(pipe, negative)) if negative else 0)
+    assert found.prompt.chunks == len(oracle.chunks(pipe, prompt)) and not found.warnings
+    assert found.negative.chunks == (len(oracle.chunks(pipe, negative)) if negative else 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -293,7 +293,7 @@ def test_any_short_plain_prompt_is_diffusers_own(pipe, prompt):
 def test_clip_skip(pipe, encoder, clip_skip):
     """hidden_states[-clip_skip] of both encoders, for both prompts; diffusers counts from the penultimate layer."""
     found = encode(encoder, "a cat", "a dog", clip_skip=clip_skip)
-    for prompt, embeds in (("a cat", found.prompt_embeds), ("a dog", found.negative_prompt_embeds)):
+    for prompt, embeds in (("a cat", found.prompt.embeds), ("a dog", found.negative.embeds)):
         assert_close([embeds], pipe.encode_prompt(prompt, clip_skip=clip_skip - 2)[:1])
 
 
@@ -316,12 +316,12 @@ def test_truncate_is_what_the_encoder_does(pipe, encoder, prompt, caplog):
     """long_prompt "truncate" gives encode_prompt's own tensors, and says one chunk."""
     found = encode(encoder, prompt, prompt + "!", long_prompt="truncate")
     assert_close(tensors(found), pipe.encode_prompt(prompt, negative_prompt=prompt + "!"))
-    assert (found.prompt_chunks, found.negative_prompt_chunks) == (1, 1)
+    assert (found.prompt.chunks, found.negative.chunks) == (1, 1)
 
 
 def test_emphasis_in_truncate_mode(pipe, encoder):
     """Emphasis multiplies the hidden states of its tokens there as well; BREAK cuts nothing off."""
-    found = encode(encoder, "a (cat:1.5) BREAK dog", long_prompt="truncate").prompt_embeds
+    found = encode(encoder, "a (cat:1.5) BREAK dog", long_prompt="truncate").prompt.embeds
     plain = pipe.encode_prompt("a cat dog")[0].clone()
     plain[:, 2] *= 1.5
     assert_close([found], [plain])
@@ -336,12 +336,12 @@ def test_original_emphasis_restores_each_mean(pipe, encoder, mode):
         encode(encoder, "a (red:1.8) cat [by the] sea", long_prompt=mode, emphasis=emphasis)
         for emphasis in ("no norm", "original")
     )
-    assert oracle.relative(no_norm.prompt_embeds, original.prompt_embeds) > 1e-3
+    assert oracle.relative(no_norm.prompt.embeds, original.prompt.embeds) > 1e-3
     for part in (slice(width), slice(width, None)):
-        means = [found.prompt_embeds[..., part].mean().item() for found in (plain, original)]
+        means = [found.prompt.embeds[..., part].mean().item() for found in (plain, original)]
         assert means[1] == pytest.approx(means[0], rel=1e-3, abs=1e-6)
     for found in (no_norm, original):
-        assert_close([found.pooled_prompt_embeds], [plain.pooled_prompt_embeds])
+        assert_close([found.prompt.pooled], [plain.prompt.pooled])
 
 
 def test_emphasis_changes_the_image(pipe):
@@ -363,9 +363,9 @@ def test_emphasis_changes_the_image(pipe):
 def test_empty_negative_prompt_is_zeros(encoder, negative, mode):
     """Zeros of the prompt's length, embeddings and pooled, as SDXL was trained."""
     found = encode(encoder, LONG, negative, long_prompt=mode)
-    assert found.negative_prompt_embeds.shape == found.prompt_embeds.shape
-    assert not found.negative_prompt_embeds.any() and not found.negative_pooled_prompt_embeds.any()
-    assert found.negative_prompt_chunks == 0
+    assert found.negative.embeds.shape == found.prompt.embeds.shape
+    assert not found.negative.embeds.any() and not found.negative.pooled.any()
+    assert found.negative.chunks == 0
 
 
 def breaks(*words):
@@ -376,11 +376,11 @@ def breaks(*words):
 def test_concat(pipe, encoder):
     """n windows side by side; pooled of the first chunk; a prompt of one chunk repeated to the other's length."""
     found = encode(encoder, LONG, "fog", long_prompt="concat")
-    assert found.prompt_embeds.shape == found.negative_prompt_embeds.shape == (1, 77 * 3, 96)
-    assert (found.prompt_chunks, found.negative_prompt_chunks) == (3, 1)
+    assert found.prompt.embeds.shape == found.negative.embeds.shape == (1, 77 * 3, 96)
+    assert (found.prompt.chunks, found.negative.chunks) == (3, 1)
     first = handler.tokenize_chunks(pipe.tokenizer, LONG)[0]
-    assert_close([found.pooled_prompt_embeds], [pipe.encode_prompt(first)[2]])
-    assert_close([found.negative_prompt_embeds], [torch.cat([pipe.encode_prompt("fog")[0]] * 3, dim=1)])
+    assert_close([found.prompt.pooled], [pipe.encode_prompt(first)[2]])
+    assert_close([found.negative.embeds], [torch.cat([pipe.encode_prompt("fog")[0]] * 3, dim=1)])
     turned = encode(encoder, "fog", LONG, long_prompt="concat")
     assert_close(tensors(turned)[:2], tensors(found)[1::-1])
 
@@ -389,9 +389,9 @@ def test_concat_of_two_and_three_chunks(pipe, encoder):
     """Both are repeated to six chunks, which the UNet's attention cannot tell from two and three."""
     two, three = breaks("red", "sea"), breaks("fog", "rain", "snow")
     found = encode(encoder, two, three, long_prompt="concat")
-    alone = [encode(encoder, prompt, long_prompt="concat").prompt_embeds for prompt in (two, three)]
+    alone = [encode(encoder, prompt, long_prompt="concat").prompt.embeds for prompt in (two, three)]
     expected = torch.cat([alone[0]] * 3, dim=1), torch.cat([alone[1]] * 2, dim=1)
-    assert found.prompt_embeds.shape[1] == 6 * 77
+    assert found.prompt.embeds.shape[1] == 6 * 77
     assert_close(tensors(found)[:2], expected)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for short, repeated, pooled in zip(alone, tensors(found)[:2], tensors(found)[2:], strict=True):
@@ -409,11 +409,11 @@ def test_concat_of_many_chunks(pipe, encoder, shorter, longer, repeated):
     """Where the common multiple is more than four times the longer, the shorter is filled up with empty chunks."""
     prompts = [breaks(*"abcdefgh"[:n]) for n in (shorter, longer)]
     found = encode(encoder, *prompts, long_prompt="concat")
-    assert (found.prompt_chunks, found.negative_prompt_chunks) == (shorter, longer)
+    assert (found.prompt.chunks, found.negative.chunks) == (shorter, longer)
     lengths = {tensor.shape[1] // 77 for tensor in tensors(found)[:2]}
-    short = encode(encoder, prompts[0], long_prompt="concat").prompt_embeds
-    assert_close([found.prompt_embeds[:, : 77 * shorter]], [short])
-    rest = found.prompt_embeds[:, 77 * shorter :]
+    short = encode(encoder, prompts[0], long_prompt="concat").prompt.embeds
+    assert_close([found.prompt.embeds[:, : 77 * shorter]], [short])
+    rest = found.prompt.embeds[:, 77 * shorter :]
     if repeated:
         assert lengths == {28 if longer == 7 else 24}
         assert_close([rest[:, : 77 * shorter]], [short])
@@ -437,7 +437,7 @@ def test_concat_of_many_chunks(pipe, encoder, shorter, longer, repeated):
 def test_break_fills_its_chunk(encoder, prompt, chunks):
     """A BREAK fills the chunk, be it empty, as A1111 does; one at the end opens none."""
     found = encode(encoder, prompt, long_prompt="concat")
-    assert found.prompt_chunks == chunks and found.prompt_embeds.shape[1] == 77 * chunks
+    assert found.prompt.chunks == chunks and found.prompt.embeds.shape[1] == 77 * chunks
 
 
 @pytest.mark.parametrize(
@@ -446,8 +446,8 @@ def test_break_fills_its_chunk(encoder, prompt, chunks):
 def test_special_tokens_are_read_as_text(encoder, special):
     """What follows a written special token still counts, for the pooled embedding too."""
     cat, dog = (encode(encoder, f"a {special} {animal}") for animal in ("cat", "dog"))
-    assert not torch.equal(cat.prompt_embeds, dog.prompt_embeds)
-    assert not torch.equal(cat.pooled_prompt_embeds, dog.pooled_prompt_embeds)
+    assert not torch.equal(cat.prompt.embeds, dog.prompt.embeds)
+    assert not torch.equal(cat.prompt.pooled, dog.prompt.pooled)
 
 
 @settings(ANY, max_examples=30)
@@ -462,10 +462,10 @@ def test_any_text_is_encoded(pipe, prompt, mode):
 def test_every_chunk_counts(encoder, mode):
     """Another word at either end of any of eight chunks changes the tensor."""
     words = ["tree"] * 600
-    plain = encode(encoder, " ".join(words), long_prompt=mode).prompt_embeds
+    plain = encode(encoder, " ".join(words), long_prompt=mode).prompt.embeds
     for place in [p for start in range(0, 600, 75) for p in (start, start + 74)]:
         changed = " ".join([*words[:place], "kitten", *words[place + 1 :]])
-        assert oracle.relative(encode(encoder, changed, long_prompt=mode).prompt_embeds, plain) > 1e-4
+        assert oracle.relative(encode(encoder, changed, long_prompt=mode).prompt.embeds, plain) > 1e-4
 
 
 @pytest.mark.parametrize("mode", ["blend", "concat"])
@@ -491,9 +491,9 @@ def test_a_jobs_chunks_are_blended_together(pipe, encoder):
     chunks = handler.tokenize_chunks(pipe.tokenizer, LONG)
     alone = [encode(encoder, chunk) for chunk in chunks]
     counts = [len(pipe.tokenizer(chunk, add_special_tokens=False).input_ids) for chunk in chunks]
-    expected = handler.build_77_token_tensor([chunk.prompt_embeds for chunk in alone], counts)
-    pooled = torch.stack([chunk.pooled_prompt_embeds for chunk in alone]).mean(dim=0)
-    assert_close([found.prompt_embeds, found.pooled_prompt_embeds], [expected, pooled])
+    expected = handler.build_77_token_tensor([chunk.prompt.embeds for chunk in alone], counts)
+    pooled = torch.stack([chunk.prompt.pooled for chunk in alone]).mean(dim=0)
+    assert_close([found.prompt.embeds, found.prompt.pooled], [expected, pooled])
 
 
 @pytest.mark.parametrize("max_tokens", [75, 40])
@@ -558,8 +558,8 @@ def test_memory_is_bounded(encoder, rows):
 def test_without_guidance_the_negative_prompt_is_not_encoded(encoder, rows):
     """guidance_scale 1 needs the prompt alone."""
     found = encode(encoder, "a cat", LONG, guidance_scale=1)
-    assert found.negative_prompt_embeds is None and found.negative_pooled_prompt_embeds is None
-    assert rows["text_encoder"] == [1] and found.negative_prompt_chunks == 0
+    assert found.negative.embeds is None and found.negative.pooled is None
+    assert rows["text_encoder"] == [1] and found.negative.chunks == 0
 
 
 def test_nothing_is_logged(encoder, caplog, capfd):
@@ -580,7 +580,7 @@ def test_prompts_fall_back_independently(pipe, encoder, refuse):
     found = encode(encoder, LONG, LONG + LONG)
     assert_close(tensors(found)[::2], tensors(encode(encoder, LONG))[::2])
     assert_close(tensors(found)[1::2], pipe.encode_prompt(LONG * 2)[::2])
-    assert (found.prompt_chunks, found.negative_prompt_chunks) == (3, 1)
+    assert (found.prompt.chunks, found.negative.chunks) == (3, 1)
     assert found.warnings == (
         "the chunks of the negative prompt could not be encoded: it was cut to its first 75 tokens",
     )
@@ -602,7 +602,7 @@ def test_batch_alone_fails(encoder, refuse):
     """Where both prompts succeed each by itself, nothing is lost and nothing is said."""
     refuse(lambda ids: len(ids) > 3, RuntimeError("no"))
     found = encode(encoder, LONG, LONG + "fog")
-    assert (found.prompt_chunks, found.negative_prompt_chunks, found.warnings) == (3, 3, ())
+    assert (found.prompt.chunks, found.negative.chunks, found.warnings) == (3, 3, ())
 
 
 @pytest.mark.parametrize(
@@ -628,4 +628,4 @@ def test_failed_chunks_are_tried_again(encoder, rows, refuse):
     assert encode(encoder, LONG).warnings
     failing[0] = False
     found = encode(encoder, LONG)
-    assert found.prompt_chunks == 3 and not found.warnings
+    assert found.prompt.chunks == 3 and not found.warnings

@@ -64,8 +64,8 @@ def measure(pipe: Any, chunks: int, repeats: int) -> tuple[float, float, float]:
     request = seams.parse({"prompt": " ".join(prompt), "negative_prompt": " ".join(negative)})
 
     def one_batch(encoder: Any = None) -> None:
-        conditioning = (encoder or seams.PromptEncoder(pipe)).encode(request, ())
-        assert (conditioning.prompt_chunks, conditioning.negative_prompt_chunks) == (chunks, chunks)
+        conditioning = (encoder or seams.PromptEncoder(pipe)).encode(request, (), {})
+        assert (conditioning.prompt.chunks, conditioning.negative.chunks) == (chunks, chunks)
 
     def one_by_one() -> None:
         encoded = [pipe.encode_prompt(p, negative_prompt=n) for p, n in zip(prompt, negative, strict=True)]
