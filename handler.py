@@ -569,7 +569,7 @@ class Store:
         self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
-        self.owner, self.making_room = new_owner(), threading.Lock()
+        self.user, self.making_room = f"{machine()}-{os.getpid()}-jobs", threading.Lock()
         folders = [(settings.checkpoint, settings.checkpoint_dir)]
         folders += [(config, settings.lora_dir) for config in settings.loras]
         folders += [(config, settings.embedding_dir) for config in settings.embeddings]
@@ -605,7 +605,7 @@ class Store:
             if not configured and not self.settings.job_models_bytes:
                 raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
             if mark:
-                mark.note_use(self.owner)
+                mark.note_use(self.user)
         download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
         try:
             with disk_errors(download):
@@ -632,12 +632,12 @@ class Store:
                 said = f"{download} must have at most {most / MB:.0f} MB to be named by a job ({name})"
                 raise InvalidInput(f"{said}, got {size / MB:.0f}")
         with self.making_room:
-            write_whole(path, "job", f"{self.owner} {size}\n")
+            write_whole(path, "job", f"{self.user} {size}\n")
             own = JobFile.read(path)  # its time is now, by the file server's clock
             folders = {self.settings.lora_dir, self.settings.embedding_dir}
             marks = chain(*(folder.glob(".*.job") for folder in folders))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
-            idle = sorted(file for file in files if file.path != path and file.is_idle(self.owner, own.used))
+            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, own.used))
             excess = sum(file.size for file in files) - limit
             if excess > sum(file.size for file in idle):
                 own.delete()
@@ -861,7 +861,7 @@ class JobFile:
 
     used: float  # seconds, by the file server's clock
     path: Path
-    user: str  # the last, as the owner of a lock
+    user: str  # the last, named as the owner of a lock is
     size: int  # which takes up room before the first byte is there
 
     @classmethod
@@ -878,9 +878,9 @@ class JobFile:
         with suppress(OSError), beside(self.path, "job").open("r+") as mark:
             mark.write(f"{user} {self.size}\n")
 
-    def is_idle(self, owner: str, now: float) -> bool:
-        """Whether no worker fetches it, and none but the owner may be reading it."""
-        in_use = self.user != owner and not is_gone(self.user) and now - self.used < IN_USE_S
+    def is_idle(self, user: str, now: float) -> bool:
+        """Whether no worker fetches it, and none but the user's may be reading it."""
+        in_use = self.user != user and not is_gone(self.user) and now - self.used < IN_USE_S
         return not in_use and not StoreLock(self.path).is_held(now)
 
     def delete(self) -> None:
@@ -1014,11 +1014,6 @@ def is_gone(owner: str) -> bool:
     return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
 
-def new_owner() -> str:
-    """A name of this process that tells others whether it is still there."""
-    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
 class StoreLock:
     """One worker at a time fetches a file; `with` waits for its turn.
 
@@ -1028,7 +1023,7 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file, self.owner = beside(path, "lock"), new_owner()
+        self.file, self.owner = beside(path, "lock"), f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:

@@ -289,16 +289,6 @@ def test_room_for_two_at_once(server, folder):
     assert len(there(folder)) == 2
 
 
-def test_use_of_a_file_that_is_in_place(server, folder):
-    """A use by another worker is seen: what it has just read stays, and what nobody reads goes."""
-    first, second = seams.job_store(), seams.job_store()
-    age(seams.fetch_for_job(first, 11), 1000)
-    age(seams.fetch_for_job(first, 12), 500)
-    seams.fetch_for_job(second, 11)
-    seams.fetch_for_job(first, 13)
-    assert there(folder) == {11, 13}
-
-
 def test_mark_without_a_file(server, folder):
     """What a job's download has left is swept as any other's; the mark of a file in place is not."""
     path = fetch(11)
