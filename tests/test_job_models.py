@@ -126,15 +126,15 @@ def test_size_unknown(server, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_grows_behind_the_question(server, folder):
-    """A file that turns out larger than it was asked about is not fetched beyond the size that was admitted."""
-    server.faults[11] = [Fault("api"), Fault("api", delay_s=0.0)]
-    small, server.rate = server.files[11], MIB / 2
+def test_another_size_than_admitted(server, folder):
+    """A file that is replaced by a larger one once it was admitted is refused by the size that it has now."""
+    larger = write_model(folder.parent.parent / "larger.origin", 4 * MIB)
+    server.faults[11] = [Fault("info", delay_s=1.0)]
     fetching = seams.in_background(fetch, 11)
-    while not server.requests_of("cdn", 11):
+    while not server.requests_of("info", 11):  # the size has been asked for before
         time.sleep(0.005)
-    server.files[11] = write_model(small.with_name("grown.origin"), 4 * MIB)
-    with pytest.raises(seams.WorkerError, match="JOB_MODEL"):
+    server.files[11] = larger
+    with pytest.raises(seams.WorkerError, match="JOB_MODEL_MAX_MB"):
         fetching.result(30)
     assert there(folder) == set()
 
