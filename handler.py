@@ -560,7 +560,10 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
+        self.connections, self.readers = Places(FEW), Places(FIRST_READERS)
+        self.session = requests.Session()
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        self.session.auth = lambda request: request  # else a .netrc would replace the key
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
         self.user, self.making_room = f"{machine()}-{os.getpid()}-jobs", threading.Lock()
@@ -607,7 +610,9 @@ class Store:
                 in_place = not download.problem()
             return download.path if in_place else self.ensure(download)
         except DownloadError as error:
-            raise DownloadFailed(str(error), detail=error.detail) from error
+            failure = DownloadFailed(str(error))
+            failure.detail = error.detail
+            raise failure from error
 
     def admit(self, download: Download, kind: str) -> None:
         """Makes room for a job's file among those that jobs have brought: the least recently used go, but for those
@@ -682,15 +687,13 @@ class Store:
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
         Civitai's origin alone. Raises Fault."""
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
-        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
-        keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        options = {"allow_redirects": False, "stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
         for _ in range(6):
             with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
-                key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
-                response = self.session.get(url, headers=headers | key, **keep)
+                headers = {"Range": f"bytes={byte_range}"} if byte_range else {}
+                headers |= {"Authorization": f"Bearer {self.key}"} if at_home else {}
+                response = self.session.get(url, headers=headers, **options)
                 if not response.is_redirect:
                     return response
                 response.close()
@@ -750,18 +753,19 @@ class Places:
 @contextmanager
 def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
-    ended, drawn = threading.Event(), sys.stderr.isatty()
-    text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+    ended, terminal = threading.Event(), sys.stderr if sys.stderr.isatty() else None
+    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
+    if not terminal:
+        options["bar_format"] = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
 
     def report() -> None:
-        place, next_line = sys.stderr if drawn else io.StringIO(), time.monotonic() + REPORT_S
-        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
-        with tqdm.tqdm(desc="models", bar_format=text, file=place, **options) as bar:
+        next_line = time.monotonic() + REPORT_S
+        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), **options) as bar:
             while not ended.wait(0.1):
                 parts = [download.part for download in downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
                 bar.update(sum(part.came for part in parts) - bar.n)
-                if bar.total and not drawn and time.monotonic() > next_line:
+                if bar.total and not terminal and time.monotonic() > next_line:
                     log.info("%s", bar)
                     next_line += REPORT_S
 
@@ -930,7 +934,6 @@ class Fault(Exception):
     def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.tries, self.wait_s = tries, wait_s
-        self.source: Source | None = None  # that was being read
 
 
 class WrongFile(Exception):
@@ -1296,9 +1299,7 @@ class Download:
         backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
         wait_s = fault.wait_s or backoff
         if self.faults >= fault.tries or time.monotonic() + wait_s > self.deadline:
-            raise DownloadError(
-                f"{self} cannot be downloaded: {fault}", detail=f"{self.faults} tries in a row"
-            ) from None
+            raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=f"after {self.faults} tries") from None
         log.warning("%s: %s; trying again in %.1f s", self, fault, wait_s)
         return wait_s
 
@@ -1405,36 +1406,33 @@ class Download:
             raise Fault("the server ended the file early")
 
     def fetch_ranges(self, part: Part) -> None:
-        """The missing segments over many connections. One that fails ends, and another takes its place; that the link
-        is at fault is said by the first to fail with it."""
+        """The missing segments over many connections. One that fails ends and another takes its place, after a wait
+        and with a new link, unless others that failed before have brought about that."""
         running: set[Future] = set()
         starting = min(len(part.todo), MANY)
         while starting or running:
             running |= {in_background(self.fetch_runs, part) for _ in range(starting)}
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            starting = 0
-            for future in done:
-                try:
-                    future.result()
-                except Fault as fault:
-                    starting += 1
-                    if fault.source is self.source:
-                        self.renew(part, fault)
+            failed = [end for future in done if (end := future.result())]
+            starting = len(failed)
+            for fault, source in failed:
+                if source is self.source:
+                    self.renew(part, fault)
 
-    def fetch_runs(self, part: Part) -> None:
-        """Fetches runs of segments over one connection as long as there are any. Raises Fault."""
+    def fetch_runs(self, part: Part) -> tuple[Fault, Source] | None:
+        """Fetches runs of segments over one connection as long as there are any, or up to a fault, which it returns."""
         while not part.ended.is_set() and (run := part.take()):
-            with self.store.connections:
-                source, began = self.source, time.monotonic()
-                try:
+            try:
+                with self.store.connections:
+                    source, began = self.source, time.monotonic()
                     self.fetch_run(part, run, source, began)
-                except Fault as fault:
-                    with part.lock:
-                        part.todo.extendleft(reversed(run))
-                    if source is self.source:
-                        self.store.connections.halve(began)
-                    fault.source = source
-                    raise
+            except Fault as fault:
+                with part.lock:
+                    part.todo.extendleft(reversed(run))
+                if source is self.source:
+                    self.store.connections.halve(began)
+                return fault, source
+        return None
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
         """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
