@@ -785,27 +785,27 @@ def read_ahead(path: Path, readers: Places) -> None:
     """
     offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
-    def is_cached(descriptor: int, offset: int) -> bool:
-        with suppress(OSError):  # not there, or the file system cannot tell
-            for at in range(offset, offset + READ_BYTES, MIB):
-                os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
-            return True
-        return False
+    def read(offset: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            with suppress(OSError):  # not there, or the file system cannot tell
+                for at in range(offset, offset + READ_BYTES, MIB):
+                    os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
+                return
+            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
 
-    def read() -> None:
+    def read_all() -> None:
         for offset in offsets:
-            with readers, suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+            with readers:
                 started = time.monotonic()
                 try:
-                    if not is_cached(file.fileno(), offset):  # all of it is read into the same memory
-                        os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)
+                    read(offset)
                 except OSError as error:
                     log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
                 if time.monotonic() - started > SLOW_READ_S:
                     readers.grow(READERS)
 
     for _ in range(READERS):
-        in_background(read)
+        in_background(read_all)
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -1212,6 +1212,9 @@ class Download:
     def problem(self) -> str:
         """Why the file in place cannot be used, "" where it can. One that was touched since it was recorded, or put
         there by hand, is checked: by its header, and by its hash where one is known."""
+        if not self.of_job:  # it is no job's file any more, which would go for the next
+            with suppress(OSError):
+                beside(self.path, "job").unlink()
         if not self.path.exists():
             return "is missing"
         recorded, listed, untouched = read_record(self.path)
@@ -1245,12 +1248,7 @@ class Download:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError; of a job's file
         what Store.admit raises, too."""
         with disk_errors(self):
-            while True:
-                if not self.of_job:  # no job's file any more, which would go when another needs its room
-                    with suppress(OSError):
-                        beside(self.path, "job").unlink()
-                if self.fetched or not (again or self.problem()):
-                    break
+            while not self.fetched and (again or self.problem()):
                 again = self.take_turn(again)
             if not self.fetched:  # what was fetched is in the page cache
                 read_ahead(self.path, self.store.readers)
@@ -1261,31 +1259,31 @@ class Download:
         `again`. What comes and fails its checks is thrown away and fetched once more, then refused."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            again, refused = again and not lock.waited, False
+            again, refused = again and not lock.waited, 0
             problem = "" if again else self.problem()
             if problem and self.path.exists():
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
             self.progressed(math.inf)
-            while (again or problem) and not self.fetched:
+            while (again or problem) and not self.fetched and refused < 2:
                 try:
                     self.fetch(lock)
                 except Fault as fault:
                     time.sleep(self.bear(fault))
                 except WrongFile as wrong:
-                    if not again and not self.problem():  # where locks do nothing, another worker has brought it
-                        break
-                    if refused:
-                        raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
-                    log.warning("%s: what came %s: fetching it once more", self, wrong)
-                    refused = True
+                    log.warning("%s: what came %s", self, wrong)
+                    refused, reason = refused + 1, str(wrong)
                     self.progressed(math.inf)
+                    problem = self.problem()  # none where locks do nothing and another worker has brought it meanwhile
                 except FileNotFoundError:  # where locks do nothing, others publish or delete our part
                     log.warning("%s: another worker has taken it over", self)
                     time.sleep(LOCK_POLL_S)
-                    for file in () if self.problem() else left_of(self.path):  # published: our part is in vain
-                        file.unlink(missing_ok=True)
                     break
+            if refused == 2 and (again or problem):
+                raise DownloadError(f"{self} was refused: what came {reason}, twice")
+            if not self.fetched and not self.problem():  # by another worker: our part is in vain
+                for file in left_of(self.path):
+                    file.unlink(missing_ok=True)
         return again
 
     def progressed(self, left: float) -> None:
