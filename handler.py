@@ -55,7 +55,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
@@ -491,7 +491,7 @@ class ModelFiles:
 
     checkpoint: Path
     loras: dict[str, Path]
-    failed: dict[str, str]  # the LoRAs
+    failed: dict[str, str]  # of the LoRAs
     embeddings: dict[str, Path] = field(default_factory=dict)
     embeddings_failed: dict[str, str] = field(default_factory=dict)
 
@@ -505,31 +505,25 @@ def fetch_models(settings: Settings) -> ModelFiles:
     wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
     with disk_errors(store.downloads[0]):
         store.check_space()
-    checkpoint, *futures = [in_background(download.ensure) for download in store.downloads]
-
-    def gather(kind: str, named: Iterable[tuple[str, Future]]) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-        """Names and paths of what is there, and why the others are not."""
-        there, failed = [], {}
-        for name, future in named:
+    checkpoint, *others = [in_background(download.ensure) for download in store.downloads]
+    files = ModelFiles(store.downloads[0].path, {}, {}, {}, {})
+    named = [("LoRA", name, files.loras, files.failed) for name in settings.stack]
+    for config in settings.embeddings:
+        named.append(("embedding", config["name"], files.embeddings, files.embeddings_failed))
+    with progress(store.downloads):
+        checkpoint.result()  # without it nothing else matters
+        for (kind, name, there, failed), future in zip(named, others, strict=True):
             try:
-                there.append((name, future.result()))
+                path = future.result()
             except DownloadError as error:
                 failed[name] = str(error)
                 log.warning("%s %s is left out: %s%s", kind, name, error, error.detail)
-        return there, failed
-
-    with progress(store.downloads):
-        checkpoint.result()  # without it nothing else matters
-        loras, failed = gather("LoRA", zip(settings.stack, futures, strict=False))
-        names = [config["name"] for config in settings.embeddings]
-        found, not_found = gather("embedding", zip(names, futures[len(loras) + len(failed) :], strict=True))
-    embeddings: dict[str, Path] = {}
-    for name, path in found:
-        if name == path.stem:  # civitai_<id>: the setting gives no name
-            name = listed_name(path) or name
-        taken = name.lower() in map(str.lower, embeddings)
-        embeddings[path.stem if taken else name] = path
-    return ModelFiles(checkpoint.result(), dict(loras), failed, embeddings, not_found)
+                continue
+            if kind == "embedding" and name == path.stem:  # civitai_<id>: the setting gives no name
+                name = listed_name(path) or name
+            taken = name.lower() in map(str.lower, there)
+            there[path.stem if taken else name] = path
+    return files
 
 
 def setup_models() -> tuple[Path, dict[str, Path]]:
@@ -565,10 +559,13 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.session, self.connections, self.readers = requests.Session(), Places(FEW), Places(FIRST_READERS)
+        self.connections, self.readers = Places(FEW), Places(FIRST_READERS)
+        self.session = requests.Session()
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        self.session.auth = lambda request: request  # else a .netrc would replace the key
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
-        self.owner, self.making_room = new_owner(), threading.Lock()
+        self.user, self.making_room = f"{machine()}-{os.getpid()}-jobs", threading.Lock()
         folders = [(settings.checkpoint, settings.checkpoint_dir)]
         folders += [(config, settings.lora_dir) for config in settings.loras]
         folders += [(config, settings.embedding_dir) for config in settings.embeddings]
@@ -598,20 +595,23 @@ class Store:
                 config = known
         download = Download(self, config, folder)
         with self.making_room:
-            mark = JobFile.read(download.path)
+            file = JobFile.read(download.path)
             configured = download.path in {one.path for one in self.configured}
-            configured |= not mark and download.path.exists()  # by another endpoint that shares the store
+            configured |= not file and download.path.exists()  # by another endpoint that shares the store
             if not configured and not self.settings.job_models_bytes:
                 raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
-            if mark:
-                mark.note_use(self.owner)
+            # a use; not by another mark: a start that configures the file deletes it
+            with suppress(OSError), beside(download.path, "job").open("r+") as mark:
+                mark.write(f"{self.user} {file.size}\n" if file else "")
         download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
         try:
             with disk_errors(download):
                 in_place = not download.problem()
             return download.path if in_place else self.ensure(download)
         except DownloadError as error:
-            raise DownloadFailed(str(error), detail=error.detail) from error
+            failure = DownloadFailed(str(error))
+            failure.detail = error.detail
+            raise failure from error
 
     def admit(self, download: Download, kind: str) -> None:
         """Makes room for a job's file among those that jobs have brought: the least recently used go, but for those
@@ -628,15 +628,17 @@ class Store:
             raise DownloadFailed(f"{download} cannot be downloaded: the server does not tell how large it is")
         for name, most in {"JOB_MODEL_MAX_MB": self.settings.job_model_max_bytes, "JOB_MODELS_GB": limit}.items():
             if size > most:
-                said = f"{download} must have at most {most / MB:.0f} MB to be named by a job ({name})"
-                raise InvalidInput(f"{said}, got {size / MB:.0f}")
+                most_mb, size_mb = most / MB, size / MB
+                raise InvalidInput(
+                    f"{download} must have at most {most_mb:.1f} MB ({name}) in a job, got {size_mb:.1f}"
+                )
         with self.making_room:
-            write_whole(path, "job", f"{self.owner} {size}\n")
+            write_whole(path, "job", f"{self.user} {size}\n")
             own = JobFile.read(path)  # its time is now, by the file server's clock
             folders = {self.settings.lora_dir, self.settings.embedding_dir}
             marks = chain(*(folder.glob(".*.job") for folder in folders))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
-            idle = sorted(file for file in files if file.path != path and file.is_idle(self.owner, own.used))
+            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, own.used))
             excess = sum(file.size for file in files) - limit
             if excess > sum(file.size for file in idle):
                 own.delete()
@@ -667,13 +669,13 @@ class Store:
 
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
-        volumes: dict[int, list[Download]] = {}
+        volumes: dict[int, tuple[Path, list[Download]]] = {}
         for download in self.downloads:
             if download.size < math.inf and not download.fetched:
-                volumes.setdefault(download.folder().stat().st_dev, []).append(download)
-        for first, *others in volumes.values():
-            volume = os.statvfs(first.folder())
-            needed = sum(download.needs() for download in (first, *others))
+                folder = next(folder for folder in download.path.parents if folder.exists())  # others would be made
+                volumes.setdefault(folder.stat().st_dev, (folder, []))[1].append(download)
+        for folder, (first, *others) in volumes.values():
+            volume, needed = os.statvfs(folder), sum(download.needs() for download in (first, *others))
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
                 raise DownloadError(
@@ -684,15 +686,13 @@ class Store:
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
         Civitai's origin alone. Raises Fault."""
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={byte_range}"} if byte_range else {}
-        keep = {"auth": lambda request: request, "allow_redirects": False}  # else a .netrc would replace the key
-        keep |= {"stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        options = {"allow_redirects": False, "stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
         for _ in range(6):
             with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
-                key = {"Authorization": f"Bearer {self.key}"} if at_home else {}
-                response = self.session.get(url, headers=headers | key, **keep)
+                headers = {"Range": f"bytes={byte_range}"} if byte_range else {}
+                headers |= {"Authorization": f"Bearer {self.key}"} if at_home else {}
+                response = self.session.get(url, headers=headers, **options)
                 if not response.is_redirect:
                     return response
                 response.close()
@@ -752,18 +752,19 @@ class Places:
 @contextmanager
 def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
-    ended, drawn = threading.Event(), sys.stderr.isatty()
-    text = None if drawn else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+    ended, terminal = threading.Event(), sys.stderr if sys.stderr.isatty() else None
+    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
+    if not terminal:
+        options["bar_format"] = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
 
     def report() -> None:
-        place, next_line = sys.stderr if drawn else io.StringIO(), time.monotonic() + REPORT_S
-        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
-        with tqdm.tqdm(desc="models", bar_format=text, file=place, **options) as bar:
+        next_line = time.monotonic() + REPORT_S
+        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), **options) as bar:
             while not ended.wait(0.1):
                 parts = [download.part for download in downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
                 bar.update(sum(part.came for part in parts) - bar.n)
-                if bar.total and not drawn and time.monotonic() > next_line:
+                if bar.total and not terminal and time.monotonic() > next_line:
                     log.info("%s", bar)
                     next_line += REPORT_S
 
@@ -860,7 +861,7 @@ class JobFile:
 
     used: float  # seconds, by the file server's clock
     path: Path
-    user: str  # the last, as the owner of a lock
+    user: str  # the last, named as the owner of a lock is
     size: int  # which takes up room before the first byte is there
 
     @classmethod
@@ -872,15 +873,13 @@ class JobFile:
             return cls(used, path, found[1], int(found[2])) if found else cls(used, path, "", path.stat().st_size)
         return None
 
-    def note_use(self, user: str) -> None:
-        """Dates it anew. The mark is not made again where it has gone: a start that configures the file deletes it."""
-        with suppress(OSError), beside(self.path, "job").open("r+") as mark:
-            mark.write(f"{user} {self.size}\n")
-
-    def is_idle(self, owner: str, now: float) -> bool:
-        """Whether no worker fetches it, and none but the owner may be reading it."""
-        in_use = self.user != owner and not is_gone(self.user) and now - self.used < IN_USE_S
-        return not in_use and not StoreLock(self.path).is_held(now)
+    def is_idle(self, user: str, now: float) -> bool:
+        """Whether no worker fetches it, and none but the user's may be reading it; now: by the file server's clock."""
+        lock = StoreLock(self.path)
+        with suppress(FileNotFoundError):
+            if now - lock.file.stat().st_mtime < LOCK_DEAD_S and not is_gone(lock.read()):
+                return False
+        return self.user == user or is_gone(self.user) or now - self.used > IN_USE_S
 
     def delete(self) -> None:
         """Its mark goes last: a file without one counts as configured."""
@@ -931,18 +930,13 @@ class Listed:
 class Fault(Exception):
     """Why a file's bytes do not come, and how many tries in a row that is worth."""
 
-    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0, of_link: bool = False) -> None:
-        """of_link: the link that Civitai gave was refused; one that has brought bytes before has expired."""
+    def __init__(self, reason: str, tries: int = TRIES, wait_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.tries, self.wait_s, self.of_link = tries, wait_s, of_link
+        self.tries, self.wait_s = tries, wait_s
 
 
 class WrongFile(Exception):
     """What came is not the file that was asked for."""
-
-
-class LockLost(Exception):
-    """Another worker took the lock over, since it saw no beat of ours."""
 
 
 @contextmanager
@@ -1013,11 +1007,6 @@ def is_gone(owner: str) -> bool:
     return bool(found) and found[1] == machine() and not Path(f"/proc/{found[2]}").exists()
 
 
-def new_owner() -> str:
-    """A name of this process that tells others whether it is still there."""
-    return f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
 class StoreLock:
     """One worker at a time fetches a file; `with` waits for its turn.
 
@@ -1027,7 +1016,7 @@ class StoreLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file, self.owner = beside(path, "lock"), new_owner()
+        self.file, self.owner = beside(path, "lock"), f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.waited, self.released = False, threading.Event()
 
     def __enter__(self) -> StoreLock:
@@ -1075,12 +1064,6 @@ class StoreLock:
             return self.file.read_text(errors="replace")
         return ""
 
-    def is_held(self, now: float) -> bool:
-        """Whether a living worker has it; now: by the file server's clock."""
-        with suppress(FileNotFoundError):
-            return now - self.file.stat().st_mtime < LOCK_DEAD_S and not is_gone(self.read())
-        return False
-
 
 class Part:
     """The bytes of a file that have come, segment by segment, and marks of them that survive `kill -9`.
@@ -1100,7 +1083,7 @@ class Part:
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
         self.begun: dict[int, int] = {}  # segment -> where its next byte goes
         self.lock, self.ended = threading.Lock(), threading.Event()  # all has come, or the download was given up
-        self.given_up, self.came = False, 0
+        self.came = 0
 
     def __enter__(self) -> Part:
         """Opens the part with what has come before, and deletes what is left of other bytes."""
@@ -1122,15 +1105,10 @@ class Part:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leaves the bytes to the next try, but for those of a wrong file or on a full disk."""
-        self.give_up()
+        self.ended.set()
         if kind and issubclass(kind, WrongFile | OSError) and kind is not FileNotFoundError:
             for file in (self.data, self.journal):
                 file.unlink(missing_ok=True)
-
-    def give_up(self) -> None:
-        """Has all threads that work on it end."""
-        self.given_up = True
-        self.ended.set()
 
     def check_ours(self) -> None:
         """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: what
@@ -1153,10 +1131,10 @@ class Part:
             return run
 
     def write(self, segment: int, at: int, block: bytes) -> None:
-        """Puts a block into its place; the segment is marked with its last."""
+        """Puts a block into its place. With its last the segment is marked: a kill before costs no more than that."""
         view = memoryview(block)
         with self.lock:  # the kernel lets one thread at a time write to a file, and has the others spin
-            if self.given_up:
+            if self.ended.is_set():
                 raise Fault("the download was given up")
             while view:
                 written = os.pwrite(self.bytes.fileno(), view, at)
@@ -1164,23 +1142,22 @@ class Part:
             self.begun[segment] = at
             self.came += len(block)
             if at == self.end(segment):
-                self.mark(segment)
-
-    def mark(self, segment: int) -> None:
-        """Notes that a segment has come: a kill before costs no more than the segment."""
-        os.pwrite(self.marks.fileno(), b"\1", HEADER_BYTES + segment)
-        self.done.add(segment)
-        if len(self.done) == self.segments:
-            self.ended.set()
+                os.pwrite(self.marks.fileno(), b"\1", HEADER_BYTES + segment)
+                self.done.add(segment)
+                if len(self.done) == self.segments:
+                    self.ended.set()
 
     def sha256(self) -> str:
         """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
         it later: reading would copy every byte once more."""
         digest, at, front = hashlib.sha256(), 0, 0
-        while at < self.size and not self.given_up:
+        while at < self.size:
+            given_up = self.ended.is_set()
             while front in self.done:
                 front += 1
             end = min(front * SEGMENT, self.size, at + HASH_BYTES)
+            if end == at and given_up:
+                break
             if end == at:
                 time.sleep(HASH_POLL_S)
                 continue
@@ -1224,11 +1201,8 @@ class Download:
         self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
         self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
         self.source: Source | None = None
-        self.proven: Source | None = None  # the last that has brought bytes
         self.size, self.part, self.fetched = math.inf, None, False
         self.patience_s, self.of_job = PATIENCE_S, False  # of_job: no configuration but a job asks for it
-        self.lock, self.renewing = threading.Lock(), threading.Lock()
-        self.resume = -math.inf  # the end of the last wait after a fault
         self.progressed(math.inf)
 
     def __str__(self) -> str:
@@ -1237,6 +1211,9 @@ class Download:
     def problem(self) -> str:
         """Why the file in place cannot be used, "" where it can. One that was touched since it was recorded, or put
         there by hand, is checked: by its header, and by its hash where one is known."""
+        if not self.of_job:  # it is no job's file any more, which would go for the next
+            with suppress(OSError):
+                beside(self.path, "job").unlink()
         if not self.path.exists():
             return "is missing"
         recorded, listed, untouched = read_record(self.path)
@@ -1254,10 +1231,6 @@ class Download:
             write_record(self.path, stat, expected, listed)
         return ""
 
-    def folder(self) -> Path:
-        """The first folder above the file that exists: on its volume the others would be made."""
-        return next(folder for folder in self.path.parents if folder.exists())
-
     def needs(self) -> float:
         """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
         needed = self.size
@@ -1274,12 +1247,7 @@ class Download:
         """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError; of a job's file
         what Store.admit raises, too."""
         with disk_errors(self):
-            while True:
-                if not self.of_job:  # no job's file any more, which would go when another needs its room
-                    with suppress(OSError):
-                        beside(self.path, "job").unlink()
-                if self.fetched or not (again or self.problem()):
-                    break
+            while not self.fetched and (again or self.problem()):
                 again = self.take_turn(again)
             if not self.fetched:  # what was fetched is in the page cache
                 read_ahead(self.path, self.store.readers)
@@ -1290,59 +1258,51 @@ class Download:
         `again`. What comes and fails its checks is thrown away and fetched once more, then refused."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            again, refused = again and not lock.waited, False
+            again, refused = again and not lock.waited, 0
             problem = "" if again else self.problem()
             if problem and self.path.exists():
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
             self.progressed(math.inf)
-            while (again or problem) and not self.fetched:
+            while (again or problem) and not self.fetched and refused < 2:
                 try:
                     self.fetch(lock)
                 except Fault as fault:
                     time.sleep(self.bear(fault))
                 except WrongFile as wrong:
-                    if not again and not self.problem():  # where locks do nothing, another worker has brought it
-                        break
-                    if refused:
-                        raise DownloadError(f"{self} was refused: what came {wrong}, twice") from None
-                    log.warning("%s: what came %s: fetching it once more", self, wrong)
-                    refused = True
+                    log.warning("%s: what came %s", self, wrong)
+                    refused, reason = refused + 1, str(wrong)
                     self.progressed(math.inf)
-                except (LockLost, FileNotFoundError):  # where locks do nothing, others publish or delete our part
+                    problem = self.problem()  # none where locks do nothing and another worker has brought it meanwhile
+                except FileNotFoundError:  # where locks do nothing, others publish or delete our part
                     log.warning("%s: another worker has taken it over", self)
                     time.sleep(LOCK_POLL_S)
-                    for file in () if self.problem() else left_of(self.path):  # published: our part is in vain
-                        file.unlink(missing_ok=True)
                     break
+            if refused == 2 and (again or problem):
+                raise DownloadError(f"{self} was refused: what came {reason}, twice")
+            if not self.fetched and not self.problem():  # by another worker: our part is in vain
+                for file in left_of(self.path):
+                    file.unlink(missing_ok=True)
         return again
 
     def progressed(self, left: float) -> None:
         """Bytes came, and so many are left to come: faults count from here again."""
         self.faults, self.deadline, self.left = 0, time.monotonic() + self.patience_s, left
 
-    def bear(self, fault: Fault, began: float = math.inf) -> float:
-        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after patience_s.
-
-        began: when the request was sent; those of before the last wait's end are part of the fault waited for.
-        """
-        with self.lock:
-            now = time.monotonic()
-            if began > self.resume:
-                self.faults += 1
-                backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
-                self.resume = now + (fault.wait_s or backoff)
-                if self.faults >= fault.tries or self.resume > self.deadline:
-                    detail = f"{self.faults} tries in a row"
-                    if self.part:
-                        self.part.give_up()
-                    raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=detail) from None
-                log.warning("%s: %s; trying again in %.1f s", self, fault, self.resume - now)
-            return max(0.0, self.resume - now)
+    def bear(self, fault: Fault) -> float:
+        """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after patience_s
+        without a byte."""
+        self.faults += 1
+        backoff = min(FIRST_BACKOFF_S * 2 ** (self.faults - 1), LAST_BACKOFF_S) * random.uniform(0.5, 1)
+        wait_s = fault.wait_s or backoff
+        if self.faults >= fault.tries or time.monotonic() + wait_s > self.deadline:
+            raise DownloadError(f"{self} cannot be downloaded: {fault}", detail=f"after {self.faults} tries") from None
+        log.warning("%s: %s; trying again in %.1f s", self, fault, wait_s)
+        return wait_s
 
     def fetch(self, lock: StoreLock) -> None:
-        """The file from the first request to its name. Raises WrongFile, Fault, LockLost, and what check_space and
-        admit raise."""
+        """The file from the first request to its name. Raises WrongFile, Fault, FileNotFoundError where another
+        worker has taken it over, and what check_space and admit raise."""
         started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
         source = self.source if self.source and not self.part and not self.source.whole else self.ask()
@@ -1359,12 +1319,7 @@ class Download:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
-            if source.whole:
-                self.fetch_whole(part)
-            else:
-                running = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
-                for future in wait(running, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+            self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
             # 4. checks, and its name
             part.check_ours()
             if problem := content_problem(part.data, self.path.name):
@@ -1372,7 +1327,7 @@ class Download:
             if expected and hashing.result() != expected:
                 raise WrongFile(WRONG_HASH)
             if not lock.read().startswith(lock.owner):
-                raise LockLost
+                raise FileNotFoundError(lock.file)
             part.publish(hashing.result(), listed.name)
         self.fetched, seconds = True, time.monotonic() - started
         note = "SHA256 verified" if expected else "no SHA256 to verify it by"
@@ -1407,7 +1362,7 @@ class Download:
                 wait_s = urllib3.util.Retry().get_retry_after(response.raw)
             raise Fault(f"{said}; try later", wait_s=wait_s or 0.0)
         elif origin(response.url) != origin(self.url):
-            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES, of_link=True)
+            raise Fault(f"{said} to the link that Civitai gave", FEW_TRIES)
         else:
             said += f"{self.store.said_by_civitai(response)}; {REFUSALS.get(status, 'it refuses the request')}"
             raise Fault(said, FEW_TRIES if status == 404 else ONE_TRY)
@@ -1439,34 +1394,42 @@ class Download:
         at = segment = 0
         with self.store.connections, self.source.whole as response:
             while at == segment * SEGMENT and at < part.size:
-                at = self.receive(response, part, segment, self.source)
+                at = self.receive(response, part, segment)
                 segment += 1
         if part.size == math.inf:
             part.size = at
-            part.mark(segment - 1)
+            part.write(segment - 1, at, b"")  # marks it
         if at < part.size:
             raise Fault("the server ended the file early")
 
-    def fetch_runs(self, part: Part) -> None:
-        """Fetches segments as long as there are any; after a fault it waits, and asks for a new link."""
-        while not part.given_up and (run := part.take()):
-            source = self.source
-            with self.store.connections:
-                began = time.monotonic()
-                try:
+    def fetch_ranges(self, part: Part) -> None:
+        """The missing segments over many connections. One that fails ends and another takes its place, after a wait
+        and with a new link, unless others that failed before have brought about that."""
+        running: set[Future] = set()
+        starting = min(len(part.todo), MANY)
+        while starting or running:
+            running |= {in_background(self.fetch_runs, part) for _ in range(starting)}
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            failed = [end for future in done if (end := future.result())]
+            starting = len(failed)
+            for fault, source in failed:
+                if source is self.source:
+                    self.renew(part, fault)
+
+    def fetch_runs(self, part: Part) -> tuple[Fault, Source] | None:
+        """Fetches runs of segments over one connection as long as there are any, or up to a fault, which it returns."""
+        while not part.ended.is_set() and (run := part.take()):
+            try:
+                with self.store.connections:
+                    source, began = self.source, time.monotonic()
                     self.fetch_run(part, run, source, began)
-                    continue
-                except Fault as error:
-                    fault = error
-            with part.lock:
-                part.todo.extendleft(reversed(run))
-            if part.given_up:
-                break
-            # a link that has expired, or that has been renewed meanwhile, is no fault
-            if not fault.of_link or (source is not self.proven and source is self.source):
-                self.store.connections.halve(began)
-                part.ended.wait(self.bear(fault, began))
-            self.renew(part, source)
+            except Fault as fault:
+                with part.lock:
+                    part.todo.extendleft(reversed(run))
+                if source is self.source:
+                    self.store.connections.halve(began)
+                return fault, source
+        return None
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
         """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
@@ -1479,7 +1442,7 @@ class Download:
             if tag_of(response) != source.tag:
                 raise Fault("the server sent another file")
             while run:
-                at = self.receive(response, part, run[0], source)
+                at = self.receive(response, part, run[0])
                 if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
                 run.popleft()
@@ -1488,7 +1451,7 @@ class Download:
                 seconds = time.monotonic() - began
                 self.store.connections.grow(MANY if seconds > JUDGED_S and (at - start) / seconds < FAST else FEW)
 
-    def receive(self, response: Any, part: Part, segment: int, source: Source) -> int:
+    def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
         at, end = part.begun.get(segment, segment * SEGMENT), part.end(segment)
         while at < end and (block := read_body(response, size := min(BLOCK, end - at), STALL_S)):
@@ -1496,25 +1459,24 @@ class Download:
             at += len(block)
             left = part.expected - part.came
             if left < self.left and len(block) == size:  # else it came before, or drips
-                self.proven = source
                 self.progressed(left)
         return at
 
-    def renew(self, part: Part, source: Source) -> None:
-        """Asks for a new link in place of this one, unless another thread has done so. Raises WrongFile where it leads
-        to another file."""
-        with self.renewing:
-            while self.source is source and not part.ended.is_set():
-                try:
-                    new = self.ask()
-                except Fault as fault:
-                    part.ended.wait(self.bear(fault))
-                    continue
-                if new.whole:
-                    raise Fault("the server has stopped serving ranges")
-                if (new.size, new.tag) != (source.size, source.tag):
-                    raise WrongFile("has changed in mid-download")
-                self.source = new
+    def renew(self, part: Part, fault: Fault | None) -> None:
+        """Waits after a fault and asks for a new link, until there is one. Raises WrongFile where it leads to another
+        file."""
+        while fault and not part.ended.is_set():
+            part.ended.wait(self.bear(fault))
+            try:
+                source, fault = self.ask(), None
+            except Fault as again:
+                fault = again
+                continue
+            if source.whole:
+                raise Fault("the server has stopped serving ranges")
+            if (source.size, source.tag) != (self.source.size, self.source.tag):
+                raise WrongFile("has changed in mid-download")
+            self.source = source
 
 
 # ---------------------------------------------------------------------------------------------------------------------

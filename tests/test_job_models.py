@@ -112,7 +112,7 @@ def test_too_large(server, folder, monkeypatch, setting, value):
     server.files[BIG] = write_model(folder.parent.parent / "big.origin", 2_600_000)
     code, said = failure(BIG)
     assert code == "INVALID_INPUT"
-    assert all(word in said for word in (setting, "2 MB", "got 3", str(BIG)))
+    assert all(word in said for word in (setting, "2.0 MB", "got 2.6", str(BIG)))
     assert server.bytes_sent("cdn") == 1
     assert list(folder.iterdir()) == []
 
@@ -126,15 +126,15 @@ def test_size_unknown(server, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_grows_behind_the_question(server, folder):
-    """A file that turns out larger than it was asked about is not fetched beyond the size that was admitted."""
-    server.faults[11] = [Fault("api"), Fault("api", delay_s=0.0)]
-    small, server.rate = server.files[11], MIB / 2
+def test_another_size_than_admitted(server, folder):
+    """A file that is replaced by a larger one once it was admitted is refused by the size that it has now."""
+    larger = write_model(folder.parent.parent / "larger.origin", 4 * MIB)
+    server.faults[11] = [Fault("info", delay_s=1.0)]
     fetching = seams.in_background(fetch, 11)
-    while not server.requests_of("cdn", 11):
+    while not server.requests_of("info", 11):  # the size has been asked for before
         time.sleep(0.005)
-    server.files[11] = write_model(small.with_name("grown.origin"), 4 * MIB)
-    with pytest.raises(seams.WorkerError, match="JOB_MODEL"):
+    server.files[11] = larger
+    with pytest.raises(seams.WorkerError, match="JOB_MODEL_MAX_MB"):
         fetching.result(30)
     assert there(folder) == set()
 
@@ -287,16 +287,6 @@ def test_room_for_two_at_once(server, folder):
     failures = [error for future in fetching if (error := future.exception(60))]
     assert [error.code for error in failures] == ["DOWNLOAD_FAILED"] * 2
     assert len(there(folder)) == 2
-
-
-def test_use_of_a_file_that_is_in_place(server, folder):
-    """A use by another worker is seen: what it has just read stays, and what nobody reads goes."""
-    first, second = seams.job_store(), seams.job_store()
-    age(seams.fetch_for_job(first, 11), 1000)
-    age(seams.fetch_for_job(first, 12), 500)
-    seams.fetch_for_job(second, 11)
-    seams.fetch_for_job(first, 13)
-    assert there(folder) == {11, 13}
 
 
 def test_mark_without_a_file(server, folder):

@@ -76,6 +76,52 @@ def test_checkpoint_that_cannot_be_had(server):
         handler.setup_models()
 
 
+# embeddings
+
+
+def test_embeddings(server, tmp_path, monkeypatch):
+    """Configured embeddings are fetched with the rest, each by its configured name, else by its file's at Civitai; the
+    next start knows that name without a request, touched files included."""
+    for version, name in ((7, "negativeXL_D"), (8, "Neg Hands (v2)"), (9, "unused")):
+        server.files[version] = write_model(tmp_path / f"{name}.safetensors", MIB)
+    monkeypatch.setenv("EMBEDDINGS", "7,8,9@mine")
+    folder = tmp_path / "models" / "embeddings"
+    named = {"negativeXL_D": 7, "Neg_Hands_v2_": 8, "mine": 9}
+    for start in ("cold", "warm"):
+        files = seams.fetch_models(seams.Settings.from_environ())
+        assert files.embeddings == {name: folder / f"civitai_{version}.safetensors" for name, version in named.items()}
+        assert files.embeddings_failed == {}
+        assert bool(server.requests) == (start == "cold")
+        os.utime(folder / "civitai_7.safetensors")
+        server.clear()
+    assert seams.fetch_models(seams.Settings.from_environ()).embeddings == files.embeddings
+
+
+def test_embedding_without_a_name_of_its_own(server, tmp_path, monkeypatch):
+    """An embedding is civitai_<id> where its name is taken, in whatever case, or unknown; one that cannot be had is
+    named with its reason."""
+    for version, folder in ((7, "a"), (8, "b"), (9, "c")):
+        (tmp_path / folder).mkdir()
+        server.files[version] = write_model(tmp_path / folder / "same.safetensors", MIB)
+    server.faults = {9: [Fault("info", status=451, times=-1)], 10: [Fault("api", status=410, times=-1)]}
+    monkeypatch.setenv("EMBEDDINGS", "7@Same,8,9,10")
+    files = seams.fetch_models(seams.Settings.from_environ())
+    assert list(files.embeddings) == ["Same", "civitai_8", "civitai_9"]
+    assert list(files.embeddings_failed) == ["civitai_10"]
+    assert "removed" in files.embeddings_failed["civitai_10"]
+
+
+def test_sweep_of_embeddings(server, tmp_path):
+    """What is left of embeddings that nobody configures is swept, too."""
+    folder = tmp_path / "models" / "embeddings"
+    folder.mkdir(parents=True)
+    part = folder / f".civitai_7.safetensors.{'ab' * 8}.part"
+    part.write_bytes(b"x")
+    os.utime(part, (time.time() - 90_000,) * 2)
+    seams.sweep()
+    assert not part.exists()
+
+
 # what is in place
 
 WARM_START = """
