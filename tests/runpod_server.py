@@ -1,12 +1,12 @@
-"""RunPod's queue on loopback, as SDK 1.7.13 speaks to it: job-take, job-take-batch, job-done, ping; and 1.10's job-stop.
+"""RunPod's queue on loopback, as SDK 1.7.13 speaks to it: job-take, job-take-batch, job-done, ping; job-stop as 1.10.
 
     with RunPodServer() as server, Worker(server, folder, world.environ()) as worker:
         job = server.submit({"prompt": "a cat"})
         print(server.result(job))
 
 Everything is recorded with time.monotonic() stamps: `server.jobs[id]` holds when a job was taken and by whom, its
-progress updates and its results; `server.polls`, `stop_polls` and `pings` hold the rest. What a worker may not send (JSON
-that is not strict, other than UTF-8, a wrong key or content type) is listed in `server.violations`.
+progress updates and its results; `server.polls`, `stop_polls` and `pings` hold the rest. What a worker may not send
+(JSON that is not strict, other than UTF-8, a wrong key or content type) is listed in `server.violations`.
 
 `server.inject("job-done", ["reset", 429, "hang", 2.0])` spoils the next four requests: "reset" resets the connection,
 a whole number is answered as that HTTP status, "hang" is never answered, a float is seconds of delay. Endpoints:
