@@ -93,12 +93,12 @@ def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, ever
 
 
 def soak_stops(server: RunPodServer, worker: Worker, loras: list[str], stops: int, every: int = 50) -> Counter[str]:
-    """Stops jobs, `every` of them queued at a time with as many others; returns how many of them were in which phase.
+    """Stops three jobs of four, about `every` at a time; returns how many of them were how far, as the queue saw it.
     Raises AssertionError."""
     dice, moments = random.Random(0), Counter()
     first = server.result(server.submit(CONTROL), timeout=600)["output"]["images"]
-    for _ in range(stops // every):
-        wanted = [(server.submit(random_job(dice, loras)[0]), dice.random() < 0.5) for _ in range(2 * every)]
+    while sum(moments.values()) < stops:
+        wanted = [(server.submit(random_job(dice, loras)[0]), dice.random() < 0.75) for _ in range(every * 4 // 3)]
         for job_id, doomed in wanted:
             job = server.jobs[job_id]
             if doomed:
