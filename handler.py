@@ -426,6 +426,12 @@ class UploadFailed(WorkerError):
     code = "UPLOAD_FAILED"
 
 
+class Stopped(WorkerError):
+    """RunPod has cancelled the job or let it time out: nobody is told its answer."""
+
+    code = "STOPPED"
+
+
 def failure_answer(failure: WorkerError) -> dict[str, Any]:
     """What a client gets: {"error": sentence, "code": code}, and refresh_worker where the worker must be replaced."""
     answer = {"error": str(failure), "code": failure.code}
@@ -4720,15 +4726,31 @@ def choose_loras(
 
 # running a job
 
+STOP_CHECK_S = 0.1  # between two looks of a job that waits for the GPU
+
 
 class Observer:
-    """Is told how far a job has come. This one ignores it; the queue's reports it to RunPod."""
+    """Is told how far a job has come, and may end it. This one does neither; the queue's reports it to RunPod."""
+
+    def check(self) -> None:
+        """Raises Stopped where the answer is no longer wanted."""
+
+    @contextmanager
+    def turn(self, gpu: threading.Lock) -> Iterator[None]:
+        """Holds the GPU's lock, for which jobs wait here. Raises Stopped instead, at the latest after STOP_CHECK_S."""
+        while not gpu.acquire(timeout=STOP_CHECK_S):
+            self.check()
+        try:
+            self.check()
+            yield
+        finally:
+            gpu.release()
 
     def denoising(self) -> None:
-        """The GPU has begun to denoise."""
+        """The GPU begins to denoise. May raise Stopped."""
 
     def step(self, step: int, steps: int) -> None:
-        """A denoising step was launched; must return at once."""
+        """`step` of all `steps` are launched; must return at once. May raise Stopped."""
 
 
 class Timings:
@@ -4802,7 +4824,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     engine, timings = WORKER.engine(), Timings()
     models = fetch_job_models(engine, request, timings)
     # 3. the GPU's work, one job at a time
-    with WORKER.gpu, torch.inference_mode():
+    with observer.turn(WORKER.gpu), torch.inference_mode():
         started = time.monotonic()
         try:
             images, conditioning = generate(engine, request, models, timings, observer)
@@ -4816,6 +4838,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
             raise failure from None
         loras = dict(engine.stack.applied)
     # 4. files and links, beside the next job's GPU work
+    observer.check()
     metadata = describe(request, engine, models, loras, conditioning)
     with timings("images", gpu=False):
         used = used_models(engine, models, loras, conditioning.embeddings)
@@ -4907,6 +4930,7 @@ def generate(
                 engine, request, conditioning, stage, lambda step, done=done: observer.step(done + step, total)
             )
             done += stage.run
+    observer.check()
     with timings("decode"):
         images = decode(pipe, latents)
         pipe.maybe_free_model_hooks()
@@ -4953,9 +4977,14 @@ def free_memory(engine: Engine) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # queue
 
-POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a job-take, RunPod's is less; what is left of an idle one at SIGTERM
-# before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit
-POLL_PAUSES_S, POLL_PAUSE_S = {204: 0.1, 400: 0.1, 429: 5.0}, 1.0
+POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a long poll, RunPod's is less; what is left of an idle one at SIGTERM
+# before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit; 0: any other end
+TAKE_PAUSES_S = {204: 0.1, 400: 0.1, 429: 5.0, 0: 1.0}
+STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after no stop of ours
+# A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
+# of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
+ASK_AHEAD_S = 3.0
+RECENT_STEPS = 5  # whose pace tells a job's end; more than one, as Heun reports each step twice
 POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
@@ -5053,18 +5082,18 @@ class JobLoop:
     def __init__(self, run: Callable[[dict[str, Any], Observer], dict[str, Any]], warming: Future) -> None:
         self.run, self.warming, self.limit = run, warming, 1
         self.held: dict[asyncio.Task, HeldJob] = {}
-        self.changed = asyncio.Event()  # one more job might be asked for, or none any more
-        self.stopping = False
-        self.poll: asyncio.Task | None = None
-        self.next_warning: dict[str, float] = {}
+        self.changed = asyncio.Event()  # what may_ask looks at
+        self.leaving: asyncio.Task | None = None  # nothing is asked for any more
+        self.take: asyncio.Task | None = None  # the poll for a job
+        self.next_warning: dict[tuple[str, str], float] = {}
 
     async def serve(self, state: str) -> None:
         """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
-        self.loop = asyncio.get_running_loop()
-        self.in_progress = runpod.serverless.modules.worker_state.JobsProgress()
+        self.loop, modules = asyncio.get_running_loop(), runpod.serverless.modules
+        self.in_progress = modules.worker_state.JobsProgress()
         self.heartbeat = self.loop.create_task(keep_heartbeat(state))
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, lambda: self.loop.create_task(self.on_signal()))
+            self.loop.add_signal_handler(number, self.leave)
         try:
             self.limit = await asyncio.wrap_future(self.warming)
         except Exception as error:  # jobs are told the reason, instead of waiting for their time-out of up to 24 h
@@ -5073,66 +5102,99 @@ class JobLoop:
             reason = str(error) if foreseen else "the worker could not be made ready; its log says more"
             self.run = lambda *_: failure_answer(SetupFailed(reason))
         async with runpod.http_client.AsyncClientSession() as self.session:
+            stops = self.loop.create_task(self.obey_stops())
             while await self.may_ask():
-                self.poll = self.loop.create_task(self.take_job())
-                await asyncio.wait([self.poll])
-                if not self.poll.cancelled() and (taken := self.poll.result()):
+                poll = self.poll(modules.rp_job._job_get_url(), "id", str, TAKE_PAUSES_S)
+                self.take = self.loop.create_task(poll)
+                await asyncio.wait([self.take])
+                if not self.take.cancelled() and (taken := self.take.result()):
                     job = HeldJob(self, taken)
                     task = self.loop.create_task(job.serve())
                     self.held[task] = job
                     task.add_done_callback(self.let_go)
             while self.held:
                 await asyncio.wait(self.held)
+            stops.cancel()
 
     async def may_ask(self) -> bool:
-        """Waits until one more job may be asked for, False once stopping: there must be room, and no job may wait for
-        the GPU here that a free worker could start."""
-        while not self.stopping:
-            if len(self.held) < self.limit and not any(job.awaits_turn for job in self.held.values()):
+        """Waits until one more job may be asked for, False once leaving: there must be room, and the GPU be free within
+        ASK_AHEAD_S of every job here. One that waited for longer could be run by a free worker meanwhile, and its
+        executionTimeout counts."""
+        while not self.leaving:
+            free_at = max((job.ends_at for job in self.held.values()), default=0.0) - ASK_AHEAD_S
+            if len(self.held) >= self.limit:
+                free_at = math.inf
+            pause = free_at - self.loop.time()
+            if pause <= 0:
                 return True
             self.changed.clear()
-            await self.changed.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), None if pause == math.inf else pause)
         return False
 
-    async def take_job(self) -> dict[str, Any] | None:
-        """One long poll; None, after a pause, where it brought no job."""
-        pause, timeout = POLL_PAUSE_S, aiohttp.ClientTimeout(total=POLL_S)
+    async def poll(self, address: str, key: str, kind: type, pauses: Mapping[int, float]) -> dict[str, Any] | None:
+        """One long poll for an object in which `key` has a value of this kind; None, after a pause, without one."""
+        pause, timeout = pauses[0], aiohttp.ClientTimeout(total=POLL_S)
         try:
-            address = runpod.serverless.modules.rp_job._job_get_url()
             async with self.session.get(address, timeout=timeout) as response:
-                if response.status == 200 and (job := parse_job(await response.read())):
-                    return job
-                trouble = "" if response.status in (204, 400) else f"HTTP {response.status} without a job"
-                pause = POLL_PAUSES_S.get(response.status, pause)
+                brought = parse_object(await response.read()) if response.status == 200 else {}
+                if isinstance(brought.get(key), kind):
+                    return brought
+                trouble = "" if response.status in (204, 400) else f"HTTP {response.status}"
+                pause = pauses.get(response.status, pause)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             trouble = type(error).__name__
-        if trouble and self.loop.time() >= self.next_warning.get(trouble, 0):
-            self.next_warning[trouble] = self.loop.time() + POLL_WARNING_S
-            log.warning("asking for a job: %s", trouble)
+        if trouble and self.loop.time() >= self.next_warning.get((key, trouble), 0):
+            self.next_warning[key, trouble] = self.loop.time() + POLL_WARNING_S
+            log.warning("a poll of RunPod brought no %s: %s", key, trouble)
         await asyncio.sleep(pause)
         return None
+
+    async def obey_stops(self) -> None:
+        """Ends the jobs that RunPod says were cancelled or have timed out, those that are held here.
+
+        SDK 1.10 asks so (rp_job.get_stop_signals, rp_scale.monitor_stop_signals), 1.7.13 never: the address of job-take
+        with /job-stop/ in it answers {"jobsToStop": [ids]}, or 204 once the poll has lasted long enough.
+        """
+        take = runpod.serverless.modules.rp_job.JOB_GET_URL
+        address = take.replace("/job-take/", "/job-stop/")
+        while address != take:
+            brought = await self.poll(address, "jobsToStop", list, STOP_PAUSES_S)
+            ids = brought["jobsToStop"] if brought else []
+            stopped = [(task, job) for task, job in self.held.items() if job.id in ids]
+            for task, job in stopped:
+                log.info("job %s: stopped by RunPod", job.id)
+                job.stopped = True  # its thread ends at the next check
+                task.cancel()
+            if not stopped:
+                await asyncio.sleep(STOP_PAUSE_S)
 
     def let_go(self, task: asyncio.Task) -> None:
         """A job's task has ended; the next job may be asked for, whatever ended it."""
         job = self.held.pop(task)
         self.changed.set()
         self.in_progress.remove(job.id)
+        if job.update:
+            job.update.cancel()
         if not task.cancelled() and (error := task.exception()):
             log.error("job %s: stays unanswered", job.id, exc_info=error)
 
-    async def on_signal(self) -> None:
-        """SIGTERM: nothing new is asked for, and a job that the open poll still brings is run. The poll stays open for
-        a moment, and while a job runs; then RunPod gives its job to another worker."""
+    def leave(self) -> None:
+        """SIGTERM, or an answer with refresh_worker: nothing new is asked for, and a job that the open poll still
+        brings is run."""
         if not self.warming.done():
             os._exit(0)  # the thread that loads the models cannot be stopped
-        log.info("asked to stop with %d jobs held", len(self.held))
-        self.stopping = True
+        log.info("leaving, with %d jobs held", len(self.held))
+        self.leaving = self.loop.create_task(self.close_poll())
         self.changed.set()
+
+    async def close_poll(self) -> None:
+        """The poll stays open for a moment, and while a job runs; then RunPod gives its job to another worker."""
         await asyncio.sleep(LAST_POLL_S)
         while self.held:
             await asyncio.wait(self.held)
-        if self.poll:
-            self.poll.cancel()
+        if self.take:
+            self.take.cancel()
 
 
 class HeldJob(Observer):
@@ -5140,23 +5202,21 @@ class HeldJob(Observer):
 
     def __init__(self, jobs: JobLoop, job: dict[str, Any]) -> None:
         self.jobs, self.job, self.id = jobs, job, job["id"]
-        self.awaits_turn = True  # its denoising is still to come
+        self.stopped = False
+        self.ends_at = math.inf  # when it will have left the GPU, by the loop's clock, as far as its steps tell
+        self.paces: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # (step, when it was launched)
         self.update: asyncio.Task | None = None  # the last progress update
         self.next_update = 0.0
 
     async def serve(self) -> None:
-        """Runs the job in a thread and posts its answer."""
+        """Runs the job in a thread and posts its answer; cancelled where RunPod stops the job."""
         try:
             self.jobs.in_progress.add(self.id)  # the SDK would write a whole job to the disk, s3Config's key included
-            body, refresh = await asyncio.to_thread(run_to_body, self.jobs.run, self.job, self)
-        except Exception:  # no thread or no disk to be had; unanswered, the job would wait for its time-out
-            log.exception("job %s: could not be begun", self.id)
-            failure = GenerationFailed("the worker could not begin with the job: send it again")
-            body, refresh = result_body(failure_answer(failure)), False
-        if refresh:
-            self.jobs.stopping = True
-            self.jobs.poll.cancel()
-        self.begun()
+            body = await asyncio.to_thread(lambda: self.body(self.jobs.run(self.job, self)))
+        except Exception as error:  # noqa: BLE001 - no thread, no disk, no JSON: unanswered, it would wait for hours
+            body = self.body(failure_answer(worker_error(error, self.id)))
+        self.ends_at = 0.0
+        self.jobs.changed.set()
         if self.update:  # one that arrived after the result would leave the job IN_PROGRESS for good
             await asyncio.wait([self.update], timeout=LAST_PROGRESS_S)
             self.update.cancel()  # closes its connection
@@ -5166,22 +5226,34 @@ class HeldJob(Observer):
         if not await self.is_accepted(body) and not await self.is_accepted(result_body(refused)):
             log.error("job %s: stays unanswered", self.id)
 
-    def begun(self) -> None:
-        """The job has its turn on the GPU, or will never need it: the next one may be asked for."""
-        self.awaits_turn = False
-        self.jobs.changed.set()
+    def body(self, answer: dict[str, Any]) -> bytes:
+        """result_body, in any thread; after an answer with refresh_worker, even of a stopped job, the loop ends."""
+        if answer.get("refresh_worker"):
+            self.jobs.loop.call_soon_threadsafe(self.jobs.leave)
+        return result_body(answer)
+
+    def check(self) -> None:
+        """In the job's thread, as denoising and step."""
+        if self.stopped:
+            raise Stopped("RunPod no longer wants the job's answer")
 
     def denoising(self) -> None:
-        """In the job's thread."""
-        self.jobs.loop.call_soon_threadsafe(self.begun)
+        self.check()
+        self.paces.append((0, self.jobs.loop.time()))
 
     def step(self, step: int, steps: int) -> None:
-        """In the job's thread."""
-        self.jobs.loop.call_soon_threadsafe(self.report, step, steps)
+        self.check()
+        now = self.jobs.loop.time()
+        first, then = self.paces[0]
+        self.paces.append((step, now))
+        ends_at = now + (steps - step) * (now - then) / (step - first) if step > first else math.inf
+        self.jobs.loop.call_soon_threadsafe(self.report, step, steps, ends_at)
 
-    def report(self, step: int, steps: int) -> None:
+    def report(self, step: int, steps: int, ends_at: float) -> None:
         """Sends an update, unless one is under way or was answered less than a second ago."""
-        if self.jobs.loop.time() >= self.next_update:
+        self.ends_at = ends_at
+        self.jobs.changed.set()
+        if self.jobs.loop.time() >= self.next_update and not self.stopped:
             self.next_update = math.inf
             self.update = self.jobs.loop.create_task(self.send_update(step, steps))
 
@@ -5220,27 +5292,13 @@ class HeldJob(Observer):
             pass
 
 
-def parse_job(body: bytes) -> dict[str, Any] | None:
-    """The job in an answer of job-take; None for what has no id that could be answered."""
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that RunPod sent; {} for anything else."""
     try:
-        job = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
+        parsed = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
     except (ValueError, RecursionError):
-        return None
-    return job if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"] else None
-
-
-def run_to_body(run: Callable[..., dict[str, Any]], job: dict[str, Any], observer: Observer) -> tuple[bytes, bool]:
-    """The job's answer as it is posted, and whether the worker must be replaced."""
-    try:
-        answer = run(job, observer)
-    except Exception as error:  # unanswered, the job would wait for its time-out
-        log.exception("job %s: unexpected failure", job["id"])
-        answer = failure_answer(GpuLost("the worker failed and is being replaced: send the job again", detail=error))
-    try:
-        return result_body(answer), bool(answer.get("refresh_worker"))
-    except (TypeError, ValueError, RecursionError):
-        log.exception("job %s: the answer is no JSON", job["id"])
-        return result_body(failure_answer(GenerationFailed("the answer could not be written as JSON"))), False
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def result_body(answer: Mapping[str, Any]) -> bytes:

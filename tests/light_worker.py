@@ -1,6 +1,6 @@
 """handler.py without models: a job takes 20 ms a step, and its answer is one image that is none.
 
-    {"steps": 2, "encode_s": 0.0}    what such a job may ask for
+    {"steps": 2, "encode_s": 0.0, "decode_s": 0.0}    what such a job may ask for
 
 The file "break" in the working directory says what goes wrong:
 
@@ -34,12 +34,13 @@ def breakage() -> str:
 
 def run(job: dict[str, Any], observer: Any) -> dict[str, Any]:
     steps = job["input"].get("steps", 2)
-    with GPU:
+    with observer.turn(GPU):
         time.sleep(job["input"].get("encode_s", 0))
         observer.denoising()
         for step in range(1, steps + 1):
             time.sleep(STEP_S)
             observer.step(step, steps)
+        time.sleep(job["input"].get("decode_s", 0))
         while breakage() == "hold":
             time.sleep(STEP_S)
     if breakage() == "escape":

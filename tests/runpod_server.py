@@ -1,16 +1,16 @@
-"""RunPod's queue on loopback, as SDK 1.7.13 speaks to it: job-take, job-take-batch, job-done, ping.
+"""RunPod's queue on loopback, as SDK 1.7.13 speaks to it: job-take, job-take-batch, job-done, ping; job-stop as 1.10.
 
     with RunPodServer() as server, Worker(server, folder, world.environ()) as worker:
         job = server.submit({"prompt": "a cat"})
         print(server.result(job))
 
 Everything is recorded with time.monotonic() stamps: `server.jobs[id]` holds when a job was taken and by whom, its
-progress updates and its results; `server.polls` and `server.pings` hold the rest. What a worker may not send (JSON
-that is not strict, other than UTF-8, a wrong key or content type) is listed in `server.violations`.
+progress updates and its results; `server.polls`, `stop_polls` and `pings` hold the rest. What a worker may not send
+(JSON that is not strict, other than UTF-8, a wrong key or content type) is listed in `server.violations`.
 
 `server.inject("job-done", ["reset", 429, "hang", 2.0])` spoils the next four requests: "reset" resets the connection,
 a whole number is answered as that HTTP status, "hang" is never answered, a float is seconds of delay. Endpoints:
-"job-take", "job-done", "progress" (job-done with status IN_PROGRESS), "ping".
+"job-take", "job-stop", "job-done", "progress" (job-done with status IN_PROGRESS), "ping".
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Job:
     taken: list[tuple[float, str]] = field(default_factory=list)  # (when, pod)
     progress: list[Post] = field(default_factory=list)
     attempts: list[Post] = field(default_factory=list)  # every result posted, spoilt ones too
+    stopped: float | None = None  # when a worker was told
 
     @property
     def results(self) -> list[Post]:
@@ -71,7 +72,7 @@ class Job:
 
 @dataclass
 class Poll:
-    """A job-take: taken is how many jobs it brought, closed whether the worker hung up."""
+    """A job-take or job-stop: taken is how many jobs or ids it brought, closed whether the worker hung up."""
 
     pod: str
     started: float
@@ -99,6 +100,8 @@ class RunPodServer:
         self.jobs: dict[str, Job] = {}
         self.queue: deque[Job] = deque()
         self.polls: list[Poll] = []
+        self.stop_polls: list[Poll] = []
+        self.stops: list[tuple[str, Any]] = []  # (pod, id) that nobody was told yet
         self.pings: list[Ping] = []
         self.violations: list[str] = []
         self.changed = threading.Condition()
@@ -147,6 +150,15 @@ class RunPodServer:
             self.queue.append(job)
             self.changed.notify_all()
         return job_id
+
+    def stop(self, job_id: str) -> None:
+        """Cancels a job: one that waits here is gone, one that was taken is named to its worker."""
+        with self.changed:
+            job = self.jobs[job_id]
+            if job in self.queue:
+                self.queue.remove(job)
+            self.stops += [(pod, job_id) for _, pod in job.taken]
+            self.changed.notify_all()
 
     def inject(self, endpoint: str, faults: Iterable[Any], job_id: str = "") -> None:
         """Spoils the endpoint's next requests, or those for one job, one fault each; None lets one pass."""
@@ -213,6 +225,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.queue.pings.append(Ping(parts[1], time.monotonic(), ids.split(",") if ids else []))
                 self.queue.changed.notify_all()
             self.spoil(self.queue.fault("ping")) or self.answer(200)
+        elif parts[0] == "job-stop":
+            poll = Poll(parts[1], time.monotonic(), 1, "")
+            self.queue.stop_polls.append(poll)
+            try:
+                self.spoil(self.queue.fault("job-stop")) or self.tell_stops(poll)
+            finally:
+                poll.ended = time.monotonic()
         elif parts[0] in ("job-take", "job-take-batch"):
             batch = int(query.get("batch_size", ["1"])[0])
             poll = Poll(parts[1], time.monotonic(), batch, query.get("job_in_progress", [""])[0])
@@ -241,6 +260,26 @@ class Handler(BaseHTTPRequestHandler):
             self.queue.changed.notify_all()
         body = [job.envelope for job in jobs] if as_list else jobs[0].envelope
         self.answer(200, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def tell_stops(self, poll: Poll) -> None:
+        """Waits for ids of the worker's jobs, up to the poll's end; a worker that has hung up is told none."""
+        queue, deadline = self.queue, poll.started + self.queue.poll_s
+        with queue.changed:
+            while not (ids := [job_id for pod, job_id in queue.stops if pod == poll.pod]):
+                if time.monotonic() > deadline or queue.closing or self.hung_up():
+                    poll.closed = self.hung_up()
+                    self.answer(204)
+                    return
+                queue.changed.wait(TICK_S)
+            if self.hung_up():
+                poll.closed = True
+                return
+            queue.stops = [(pod, job_id) for pod, job_id in queue.stops if pod != poll.pod]
+            poll.taken = len(ids)
+            for job in filter(None, (queue.jobs.get(job_id) for job_id in ids)):
+                job.stopped = time.monotonic()
+            self.answer(200, json.dumps({"jobsToStop": ids}).encode())
+            queue.changed.notify_all()
 
     def next_jobs(self, poll: Poll) -> list[Job]:
         queue, deadline = self.queue, poll.started + self.queue.poll_s

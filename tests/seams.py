@@ -343,11 +343,6 @@ def field_names() -> list[str]:
     return [name for field in declared for name in (field.name, *field.metadata["also"])]
 
 
-def posted(run: Any, job: dict[str, Any]) -> tuple[bytes, bool]:
-    """The body that the queue's loop posts for what `run` makes of a job, and whether the worker then ends."""
-    return handler.run_to_body(run, job, handler.Observer())
-
-
 # --- queue
 
 

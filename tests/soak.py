@@ -1,9 +1,13 @@
 """The worker for hours in minutes: many different jobs through the queue, failures mixed in.
 
     python tests/soak.py --jobs 2000
+    python tests/soak.py --jobs 0 --stops 500
 
 Every job must be answered exactly once and as its kind asks, a fixed control job every hundred must give the same
 image, and the worker's memory must stay where it was after the first hundred. Prints a line per hundred jobs.
+
+--stops stops jobs at random moments, from before they are taken to their answer's post: none of them may be posted
+afterwards, every other job must be answered once, and the control job must give the same image.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from runpod_server import RunPodServer, Worker  # noqa: E402
 CONTROL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 320, "steps": 3, "seed": 7, "num_images": 2}
 WORDS = ("red", "brick", "house", "by", "the", "sea", "violet", "(otters:1.3)", "and", "[ships]", "BREAK")
 SIDES = (256, 288, 320)  # few: on a CPU, oneDNN keeps compiled code for every shape it has met
+STOP_S = 0.3  # until a stopped job's open posts are closed
 OUT_OF_MEMORY_WIDTH = 576  # breakable_worker.py's UNet fails at it
 
 
@@ -86,11 +92,41 @@ def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, ever
     return memory
 
 
+def soak_stops(server: RunPodServer, worker: Worker, loras: list[str], stops: int, every: int = 50) -> Counter[str]:
+    """Stops three jobs of four, about `every` at a time; returns how many of them were how far, as the queue saw it.
+    Raises AssertionError."""
+    dice, moments = random.Random(0), Counter()
+    first = server.result(server.submit(CONTROL), timeout=600)["output"]["images"]
+    while sum(moments.values()) < stops:
+        wanted = [(server.submit(random_job(dice, loras)[0]), dice.random() < 0.75) for _ in range(every * 4 // 3)]
+        for job_id, doomed in wanted:
+            job = server.jobs[job_id]
+            if doomed:
+                server.wait_for(lambda job=job: job.taken, timeout=600)
+                time.sleep(dice.uniform(0, 1) ** 2)  # most jobs last for some tenths of a second
+                moment = "posted" if job.attempts else "denoised" if job.progress else "taken"
+                moments[moment if not job.results else "answered"] += 1
+                server.stop(job_id)
+            else:
+                server.result(job_id, timeout=600)
+        assert server.result(server.submit(CONTROL), timeout=600)["output"]["images"] == first, "a stop left something"
+        print(f"{sum(moments.values())} stops: {dict(moments)}, {resident_mb(worker):.0f} MB", flush=True)
+        doomed = [server.jobs[job_id] for job_id, doomed in wanted if doomed]
+        assert all(len(job.results) <= 1 for job in doomed), "a stopped job was answered twice"
+        for job in doomed:
+            posts = [*job.progress, *job.attempts]
+            assert not job.stopped or all(post.arrived < job.stopped + STOP_S for post in posts), "posted after a stop"
+        assert all(len(server.jobs[job_id].results) == 1 for job_id, doomed in wanted if not doomed)
+    assert server.violations == []
+    return moments
+
+
 def main() -> None:
     from world import build_world
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--stops", type=int, default=0)
     options = parser.parse_args()
     world = build_world(TESTS / ".cache")
     environ = {**world.environ(), "LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
@@ -101,6 +137,9 @@ def main() -> None:
         Worker(server, Path(folder), environ, str(TESTS / "breakable_worker.py")) as worker,
     ):
         worker.ready()
+        print(soak_stops(server, worker, loras, options.stops))
+        if not options.jobs:
+            return
         memory = soak(server, worker, loras, options.jobs)
         print(f"{len(server.jobs)} jobs answered once each; memory {memory[0]:.0f} -> {memory[-1]:.0f} MB")
         assert max(memory[1:], default=0) < 1.05 * memory[0], "memory grows"

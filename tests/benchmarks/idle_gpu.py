@@ -1,12 +1,14 @@
-"""How long the GPU idles between two queued jobs, and what several workers serve together.
+"""How long the GPU idles between two queued jobs, how early they are taken, what several workers serve together.
 
     python tests/benchmarks/idle_gpu.py     20 jobs of 1.2 s GPU and 0.45 s encoding, simulated by sleeping
     python tests/benchmarks/idle_gpu.py --gpu 2 --images 0.3 --jobs 50 --workers 1 2 4
+    python tests/benchmarks/idle_gpu.py --gpu 60 --fetch 0.5 --jobs 4 --ways loop     each job-take lasts half a second
 
 Ways of serving: "loop" is handler.py's loop with its default of two jobs in flight, "sdk" the SDK's plain loop,
 "tight" calls the job function again and again without any queue. A job's GPU work and the encoding of its images are
 sleeps of the given length, the first under a lock as in handler.py, so that no GPU is needed and nothing but the
-loops differs; its answer carries 4 MB of base64, one 1024x1024 PNG.
+loops differs; its answer carries 4 MB of base64, one 1024x1024 PNG. RunPod counts a job's executionTimeout from when
+it was taken: "taken ahead" is how long it then waited for the GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Simulation:
         self.gpu = threading.Lock()
 
     def run(self, job: dict[str, Any], observer: Any = None) -> dict[str, Any]:
-        with self.gpu:
+        with observer.turn(self.gpu) if observer else self.gpu:
             started = time.monotonic()
             if observer:
                 observer.denoising()
@@ -67,7 +69,9 @@ def serve(way: str, simulation: Simulation) -> None:
 
 
 def measure(way: str, options: argparse.Namespace, workers: int = 1) -> dict[str, float]:
-    """Serves the jobs; gaps within each worker in milliseconds, and jobs a minute of all of them."""
+    """Serves the jobs; gaps within each worker in milliseconds, and jobs a minute of all of them. options.fetch: what
+    each job-take costs in seconds."""
+    taken: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, RunPodServer() as server:
         notes = [Path(folder, f"{n}.jsonl") for n in range(workers)]
         if way == "tight":
@@ -75,7 +79,7 @@ def measure(way: str, options: argparse.Namespace, workers: int = 1) -> dict[str
             for n in range(options.jobs):
                 simulation.run({"id": str(n)})
         else:
-            serve_from_queue(way, options, server, notes)
+            taken = serve_from_queue(way, options, server, notes)
         busy = [[json.loads(line) for line in note.read_text().splitlines()] for note in notes if note.exists()]
     gaps = [1000 * (b[0] - a[1]) for jobs in busy for a, b in itertools.pairwise(jobs)]
     jobs = [job for worker in busy for job in worker]
@@ -83,14 +87,17 @@ def measure(way: str, options: argparse.Namespace, workers: int = 1) -> dict[str
     return {
         "median": statistics.median(gaps),
         "max": max(gaps),
+        "ahead": max((job[0] - taken[job[2]] for job in jobs if job[2] in taken), default=0.0),
         "per_minute": 60 * len(jobs) / span,
         "jobs": len(jobs),
         "fewest": min(map(len, busy)),  # what the least busy worker served
     }
 
 
-def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer, notes: list[Path]) -> None:
-    """Starts the workers, lets them poll, then queues the jobs and waits for every answer."""
+def serve_from_queue(
+    way: str, options: argparse.Namespace, server: RunPodServer, notes: list[Path]
+) -> dict[str, float]:
+    """Starts the workers, lets them poll, then queues the jobs and waits for every answer; when each was taken."""
     command = [sys.executable, __file__, "--gpu", str(options.gpu), "--images", str(options.images), "--serve", way]
     processes = [
         subprocess.Popen(
@@ -106,11 +113,13 @@ def serve_from_queue(way: str, options: argparse.Namespace, server: RunPodServer
     try:
         server.wait_for(lambda: len({poll.pod for poll in server.open_polls()}) == len(notes))
         server.wait_for(lambda: len({ping.pod for ping in server.pings}) == len(notes))  # the heartbeats' start is over
+        server.inject("job-take", itertools.repeat(options.fetch))
         ids = [server.submit({"n": n}) for n in range(options.jobs)]
         for job_id in ids:
             server.result(job_id, timeout=600)
         assert all(len(job.results) == 1 for job in server.jobs.values()), "a job was answered twice"
         assert not server.violations, server.violations
+        return {job.id: job.taken[0][0] for job in server.jobs.values()}
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)  # the plain SDK's heartbeat would live on
@@ -121,7 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", type=float, default=1.2, help="seconds of GPU work per job")
     parser.add_argument("--images", type=float, default=0.45, help="seconds of encoding per job")
+    parser.add_argument("--fetch", type=float, default=0.0, help="seconds that a job-take lasts at least")
     parser.add_argument("--jobs", type=int, default=20)
+    parser.add_argument("--ways", nargs="*", default=["tight", "sdk", "loop"])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--serve", nargs=2, metavar=("WAY", "NOTES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,12 +141,12 @@ def main() -> None:
         serve(options.serve[0], Simulation(options.gpu, options.images, Path(options.serve[1])))
         return
     print(f"{options.jobs} jobs, GPU {options.gpu} s, encoding {options.images} s")
-    print("| way | workers | idle GPU between jobs, median ms | max ms | jobs a minute |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| way | workers | idle GPU between jobs, median ms | max ms | taken ahead, max s | jobs a minute |")
+    print("| --- | --- | --- | --- | --- | --- |")
     rows = [("tight", 1), ("sdk", 1), *(("loop", workers) for workers in options.workers)]
-    for way, workers in rows:
+    for way, workers in (row for row in rows if row[0] in options.ways):
         found = measure(way, options, workers)
-        figures = f"{found['median']:.0f} | {found['max']:.0f} | {found['per_minute']:.1f}"
+        figures = f"{found['median']:.0f} | {found['max']:.0f} | {found['ahead']:.1f} | {found['per_minute']:.1f}"
         print(f"| {way} | {workers} | {figures} |", flush=True)
 
 
