@@ -634,14 +634,14 @@ class Store:
                 )
         with self.making_room:
             write_whole(path, "job", f"{self.user} {size}\n")
-            own = JobFile.read(path)  # its time is now, by the file server's clock
+            now = beside(path, "job").stat().st_mtime  # by the file server's clock
             folders = {self.settings.lora_dir, self.settings.embedding_dir}
             marks = chain(*(folder.glob(".*.job") for folder in folders))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
-            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, own.used))
+            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, now))
             excess = sum(file.size for file in files) - limit
             if excess > sum(file.size for file in idle):
-                own.delete()
+                beside(path, "job").unlink()
                 raise DownloadFailed(
                     f"{download} needs {size / MB:.0f} MB, but models in use take up what JOB_MODELS_GB allows; "
                     f"try later, or set more than {limit / MB:.0f} MB"
