@@ -606,9 +606,9 @@ class Store:
             configured |= not file and download.path.exists()  # by another endpoint that shares the store
             if not configured and not self.settings.job_models_bytes:
                 raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
-            # a use; not by another mark: a start that configures the file deletes it
-            with suppress(OSError), beside(download.path, "job").open("r+") as mark:
-                mark.write(f"{self.user} {file.size}\n" if file else "")
+            if file:  # note the use, but make no new mark: a start that configures the file deletes it
+                with suppress(OSError), beside(download.path, "job").open("r+") as mark:
+                    mark.write(f"{self.user} {file.size}\n")
         download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
         try:
             with disk_errors(download):
@@ -634,20 +634,19 @@ class Store:
             raise DownloadFailed(f"{download} cannot be downloaded: the server does not tell how large it is")
         for name, most in {"JOB_MODEL_MAX_MB": self.settings.job_model_max_bytes, "JOB_MODELS_GB": limit}.items():
             if size > most:
-                most_mb, size_mb = most / MB, size / MB
                 raise InvalidInput(
-                    f"{download} must have at most {most_mb:.1f} MB ({name}) in a job, got {size_mb:.1f}"
+                    f"{download} has {size / MB:.1f} MB; {name} allows at most {most / MB:.1f} MB in a job"
                 )
         with self.making_room:
             write_whole(path, "job", f"{self.user} {size}\n")
-            own = JobFile.read(path)  # its time is now, by the file server's clock
+            now = beside(path, "job").stat().st_mtime  # by the file server's clock
             folders = {self.settings.lora_dir, self.settings.embedding_dir}
             marks = chain(*(folder.glob(".*.job") for folder in folders))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
-            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, own.used))
+            idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, now))
             excess = sum(file.size for file in files) - limit
             if excess > sum(file.size for file in idle):
-                own.delete()
+                beside(path, "job").unlink()
                 raise DownloadFailed(
                     f"{download} needs {size / MB:.0f} MB, but models in use take up what JOB_MODELS_GB allows; "
                     f"try later, or set more than {limit / MB:.0f} MB"
@@ -678,7 +677,7 @@ class Store:
         volumes: dict[int, tuple[Path, list[Download]]] = {}
         for download in self.downloads:
             if download.size < math.inf and not download.fetched:
-                folder = next(folder for folder in download.path.parents if folder.exists())  # others would be made
+                folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
                 volumes.setdefault(folder.stat().st_dev, (folder, []))[1].append(download)
         for folder, (first, *others) in volumes.values():
             volume, needed = os.statvfs(folder), sum(download.needs() for download in (first, *others))

@@ -112,7 +112,7 @@ def test_too_large(server, folder, monkeypatch, setting, value):
     server.files[BIG] = write_model(folder.parent.parent / "big.origin", 2_600_000)
     code, said = failure(BIG)
     assert code == "INVALID_INPUT"
-    assert all(word in said for word in (setting, "2.0 MB", "got 2.6", str(BIG)))
+    assert all(word in said for word in (setting, "2.0 MB", "2.6 MB", str(BIG)))
     assert server.bytes_sent("cdn") == 1
     assert list(folder.iterdir()) == []
 
