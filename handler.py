@@ -2265,6 +2265,7 @@ SYNTAX = re.compile(
 PROMPT_EDITING = re.compile(
     r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
 )
+EMBEDDING_PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # tensors -> the models that they are for
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
@@ -2298,38 +2299,28 @@ class Vector:
 def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
     """The embedding of a safetensors file, or of the tensors clip_l and clip_g that a LoRA's file bundles.
 
-    Raises BadEmbedding for what is none for SDXL, or has more vectors than a chunk of the prompt has tokens.
+    Raises BadEmbedding for what is none for SDXL, or has more vectors than a chunk of a prompt has tokens.
     """
-    try:
-        if isinstance(source, Path):
+    if isinstance(source, Path):
+        try:
             with safetensors.safe_open(source, "pt") as opened:
-                keys = set(opened.keys())
-                source = {part: opened.get_tensor(part) for part in keys & {"clip_l", "clip_g"}}
-        else:
-            keys = set(source)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BadEmbedding("the file is damaged or not a safetensors file") from error
-    if missing := {"clip_l", "clip_g"} - source.keys():
-        what = "no embedding for SDXL, which has vectors clip_l and clip_g"
-        if keys & {"emb_params", "string_to_param"}:
-            what = "an embedding for Stable Diffusion 1 or 2, not for SDXL"
-        elif len(missing) == 1:
-            what = f"no embedding for SDXL: it lacks the vectors {missing.pop()}"
-        elif any(re.search("lora|lokr|hada_", key) for key in keys):
-            what = "a LoRA: name it among the job's loras"
-        raise BadEmbedding(f"the file is {what}")
-    encoders, vectors, digest = (pipe.text_encoder, pipe.text_encoder_2), [], hashlib.sha256()
-    for part, encoder in zip(("clip_l", "clip_g"), encoders, strict=True):
-        tensor, width = source[part], encoder.config.hidden_size
-        if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():
-            raise BadEmbedding(f"its {part} must be floating-point numbers (n, {width}), got {list(tensor.shape)}")
-        vectors.append(tensor.float().contiguous())  # float8 and bfloat16 too: float32 holds them exactly
-        if not vectors[-1].isfinite().all():
-            raise BadEmbedding(f"its {part} holds NaN or infinite numbers")
-        digest.update(vectors[-1].numpy().tobytes())
+                source = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+        except (OSError, safetensors.SafetensorError) as error:
+            raise BadEmbedding("the file is damaged or not a safetensors file") from error
+    widths = {part: getattr(pipe, model).config.hidden_size for part, model in EMBEDDING_PARTS.items()}
+    if missing := widths.keys() - source.keys():
+        what = "an embedding for Stable Diffusion 1 or 2" if "emb_params" in source else "no embedding for SDXL"
+        raise BadEmbedding(f"the file is {what}: it lacks the vectors {' and '.join(sorted(missing))}")
+    for part, width in widths.items():
+        if source[part].shape[1:] != (width,) or not source[part].is_floating_point():
+            raise BadEmbedding(f"its {part} must be floating-point numbers (n, {width}), got {[*source[part].shape]}")
+    vectors = [source[part].float().contiguous() for part in widths]  # float8 and bfloat16 too, exactly
     sizes = [len(rows) for rows in vectors]
     if sizes[0] != sizes[1] or not 1 <= sizes[0] <= CHUNK_TOKENS:
         raise BadEmbedding(f"it must have as many vectors clip_l as clip_g, 1 to {CHUNK_TOKENS}, got {sizes}")
+    if not all(rows.isfinite().all() for rows in vectors):
+        raise BadEmbedding("the file holds NaN or infinite numbers")
+    digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in vectors))
     return Embedding(name, *vectors, digest.hexdigest())
 
 
@@ -2599,27 +2590,21 @@ Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 id
 
 @contextmanager
 def vectors_in_place(encoder: Any, part: str, windows: list[Window]) -> Iterator[None]:
-    """Has a text encoder see the vectors of a batch of windows, whatever ids stand in their places: CLIPTextModel takes
-    nothing but ids. part: which of an embedding's tensors are this encoder's."""
-    places = [
-        (row, position, getattr(token.embedding, part)[token.index])
-        for row, window in enumerate(windows)
-        for position, token in enumerate(window)
-        if isinstance(token, Vector)
-    ]
+    """Has a text encoder see a batch's vectors, whatever ids stand in their places: CLIPTextModel takes ids alone.
+    part: which of an embedding's tensors are for this encoder."""
+    tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
+    places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
-        if not places:
-            return embedded
-        rows, positions, vectors = zip(*places, strict=True)
-        indices = torch.tensor([rows, positions], device=embedded.device)
-        return embedded.index_put(tuple(indices), torch.stack(vectors).to(embedded))
+        vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
+        return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
-    handle = encoder.get_input_embeddings().register_forward_hook(put)
+    handle = encoder.get_input_embeddings().register_forward_hook(put) if places else None
     try:
         yield
     finally:
-        handle.remove()
+        if handle:
+            handle.remove()
 
 
 def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, Any, list[int]]:
@@ -2844,7 +2829,7 @@ class PromptEncoder:
         text, warnings = "\n".join(prompts.values()), []
         if unknown := [*dict.fromkeys(UNKNOWN_EMBEDDING.findall(text))]:
             few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            warnings.append(f"there is no embedding {few}: it was read as words")
+            warnings.append(f"the prompts name embeddings that are not here, read as words: {few}")
         options = marks, request.long_prompt, request.clip_skip, request.emphasis, stack
         encoded = self.encode_or_cut(prompts, warnings, *options)
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
@@ -2878,29 +2863,21 @@ class PromptEncoder:
             return self.encode_prompts(texts, marks, "truncate", *options)
 
     def encode_prompts(
-        self,
-        prompts: list[str],
-        marks: Mapping[str, Embedding],
-        long_prompt: str,
-        clip_skip: int,
-        emphasis: str,
-        stack: Hashable,
+        self, prompts: list[str], marks: Mapping[str, Embedding], long_prompt: str, *options: Hashable
     ) -> list[Encoded]:
-        """The prompts, those not seen before in one batch."""
+        """The prompts, those not seen before in one batch. options: clip_skip, emphasis, stack."""
         keys = {}
         for prompt in prompts:
-            used = tuple(marks[mark] for mark in dict.fromkeys(prompt) if mark in marks)
-            keys[prompt] = prompt, used, long_prompt, clip_skip, emphasis, stack
+            used = tuple(marks[mark] for mark in MARK.findall(prompt))  # the same, whichever marks they have
+            keys[prompt] = MARK.sub("\ud800", prompt), used, long_prompt, *options
         new = [prompt for prompt, key in keys.items() if key not in self.seen]
         if new:
             tokenize = Tokenizer(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True, marks=marks)
             chunks = [chunk_prompt(tokenize, prompt, long_prompt) for prompt in new]
-            encoded = encode_chunks(self.pipe, list(chain(*chunks)), clip_skip, emphasis)
-            start = 0
-            for prompt, own in zip(new, chunks, strict=True):
-                part = [tensor_or_list[start : start + len(own)] for tensor_or_list in encoded]
-                self.seen[keys[prompt]] = join_chunks(*part, long_prompt).to("cpu")
-                start += len(own)
+            encoded = encode_chunks(self.pipe, list(chain(*chunks)), *options[:2])
+            ends = accumulate(map(len, chunks), initial=0)
+            for prompt, (start, end) in zip(new, pairwise(ends), strict=True):
+                self.seen[keys[prompt]] = join_chunks(*(part[start:end] for part in encoded), long_prompt).to("cpu")
         for key in keys.values():
             self.seen[key] = self.seen.pop(key)
         while len(self.seen) > SEEN_PROMPTS:
@@ -2915,13 +2892,11 @@ class PromptEncoder:
         if a.embeds.shape[1] == b.embeds.shape[1]:
             return a, b
         if common <= 4 * longer:
-            a, b = (replace(side, embeds=side.embeds.repeat(1, common // side.chunks, 1)) for side in (a, b))
-            return a, b
-        empty = self.encode_prompts([""], *options)[0].to(a.embeds.device).embeds  # (1, 77, 2048)
-        a, b = (
-            replace(side, embeds=torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1)) for side in (a, b)
-        )
-        return a, b
+            embeds = [side.embeds.repeat(1, common // side.chunks, 1) for side in (a, b)]
+        else:
+            empty = self.encode_prompts([""], *options)[0].to(a.embeds.device).embeds  # (1, 77, 2048)
+            embeds = [torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1) for side in (a, b)]
+        return replace(a, embeds=embeds[0]), replace(b, embeds=embeds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -200,6 +200,8 @@ def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales:
 PromptEncoder = handler.PromptEncoder  # one that has seen no prompt yet, and the four tensors, which no answer shows
 parse_prompt = handler.parse_prompt  # A1111's language against the oracle, thousands of texts without a picture each
 split_lora_tags = handler.split_lora_tags  # as above
+read_embedding = handler.read_embedding  # embeddings of any tensors, without a server and a worker for each
+BadEmbedding = handler.BadEmbedding  # what it raises
 
 
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
