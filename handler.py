@@ -4955,6 +4955,7 @@ POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a long poll, RunPod's is less;
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit; 0: any other end
 TAKE_PAUSES_S = {204: 0.1, 400: 0.1, 429: 5.0, 0: 1.0}
 STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after no stop of ours
+STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a job that is sent again keeps its id
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
 ASK_AHEAD_S = 3.0
@@ -5059,6 +5060,8 @@ class JobLoop:
         self.changed = asyncio.Event()  # what may_ask looks at
         self.leaving: asyncio.Task | None = None  # nothing is asked for any more
         self.take: asyncio.Task | None = None  # the poll for a job
+        self.stops: list[Any] = []  # the ids that RunPod named last
+        self.stops_until = 0.0  # when they count no more
         self.next_warning: dict[tuple[str, str], float] = {}
 
     async def serve(self, state: str) -> None:
@@ -5086,6 +5089,7 @@ class JobLoop:
                     task = self.loop.create_task(job.serve())
                     self.held[task] = job
                     task.add_done_callback(self.let_go)
+                    self.stop_named()
             while self.held:
                 await asyncio.wait(self.held)
             stops.cancel()
@@ -5134,14 +5138,20 @@ class JobLoop:
         address = take.replace("/job-take/", "/job-stop/")
         while address != take:
             brought = await self.poll(address, "jobsToStop", list, STOP_PAUSES_S)
-            ids = brought["jobsToStop"] if brought else []
-            stopped = [(task, job) for task, job in self.held.items() if job.id in ids]
-            for task, job in stopped:
-                log.info("job %s: stopped by RunPod", job.id)
-                job.stopped = True  # its thread ends at the next check
-                task.cancel()
-            if not stopped:
+            if brought:
+                self.stops, self.stops_until = brought["jobsToStop"], self.loop.time() + STOP_LEAD_S
+            if not brought or not self.stop_named():
                 await asyncio.sleep(STOP_PAUSE_S)
+
+    def stop_named(self) -> bool:
+        """Stops those of the jobs held that RunPod named just now; whether there were any."""
+        count = self.loop.time() < self.stops_until
+        named = [(task, job) for task, job in self.held.items() if count and job.id in self.stops]
+        for task, job in named:
+            log.info("job %s: stopped by RunPod", job.id)
+            job.stopped = True  # its thread ends at the next check
+            task.cancel()
+        return bool(named)
 
     def let_go(self, task: asyncio.Task) -> None:
         """A job's task has ended; the next job may be asked for, whatever ended it."""

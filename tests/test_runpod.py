@@ -352,7 +352,7 @@ def test_stops_of_no_job_here(light):
     test_a_stopped_job_that_waits_for_the_gpu(light)
 
 
-@pytest.mark.parametrize(("fault", "again"), [(404, False), (429, False), (503, True), ("reset", True)])
+@pytest.mark.parametrize(("fault", "again"), [(404, False), (429, False), (503, True)])
 def test_the_stop_channel_fails(start_light, server, fault, again):
     """Where there is no stop channel, or it is limited, it is left alone for a while; after another failure it is asked
     in 5 s. Jobs are answered, and the log says it once."""
