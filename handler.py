@@ -2238,6 +2238,7 @@ CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
 MANY_STATES = 2_000  # of a prompt, above which equal ones are joined before they are compared
 BLOCK_STATES = 256  # how many are compared with all others at once
+NO_LIKENESS = -2.0  # less than any cosine
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
@@ -2691,70 +2692,76 @@ def join_equal(states: Any, most: int) -> tuple[Any, Any]:
 
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
-    as they are.
-
-    Rounds: pairs that are each other's most alike (cosine) are merged into the mean of all that they stand for, the
-    most alike quarter of them, then anew: all at once would merge unlike ones early. Likeness is multiplied out once;
-    that of a mean follows from those of its parts, and only rows whose nearest was merged look for another.
-    """
-    group = left = torch.arange(len(states), device=states.device)  # state -> row of its mean in what follows
+    as they are. Likeness is the cosine; a state without a direction (zeros, NaN, infinities) is like no other."""
+    group = left = torch.arange(len(states), device=states.device)  # state -> row of what follows
     if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
         group, left = join_equal(states, most)
-    count, device, means = len(left), states.device, states[left]
-    sizes, norms = torch.bincount(group).to(states.dtype), means.norm(dim=1)
-    whole = norms.isfinite().unsqueeze(1)  # a broken state is like no other
-    norms = norms.nan_to_num(1.0).clamp(1e-30, 1e15)
-    means = torch.where(whole, means / norms.unsqueeze(1), 0.0)
-    likeness = means.new_empty(count, count)
-    for start in range(0, count, BLOCK_STATES):  # of a symmetric product half; and symmetric to the last bit
+    sizes, norms = torch.bincount(group).to(states.dtype), states[left].norm(dim=1, keepdim=True)
+    directions = torch.where(norms.isfinite(), states[left] / norms.clamp_min(1e-30), 0.0)
+    norms = norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15)
+    likeness = np.empty((len(left), len(left)), dtype=str(states.dtype).removeprefix("torch."))
+    for start in range(0, len(left), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
         block = slice(start, start + BLOCK_STATES)
-        rows = means[block] @ means[start:].T
+        rows = directions[block] @ directions[start:].T
         rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
-        likeness[block, start:], likeness[start:, block] = rows, rows.T
-    gone = torch.zeros_like(norms)  # -inf for rows that were merged into others
+        likeness[block, start:] = rows = rows.cpu().numpy()
+        likeness[start:, block] = rows.T
+    joined = group_alike(likeness, sizes.cpu().numpy(), norms.cpu().numpy(), most)
+    group = torch.from_numpy(joined).to(group.device)[group]
+    return torch.zeros_like(states[:most]).index_add_(0, group, states) / torch.bincount(group).unsqueeze(1)
 
-    def find_nearest(rows: Any) -> tuple[Any, Any]:
-        """For each of these rows the likeness of the row that is most like it, and which that is."""
-        found = likeness[rows] + gone
-        found[torch.arange(len(rows), device=device), rows] = -math.inf
-        return found.max(dim=1)
 
-    best, nearest = find_nearest(torch.arange(count, device=device))
+def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
+    """The group, from 0 to most - 1, of each of N states: (N, N), (N,), (N,) -> (N,). What is given is overwritten.
+
+    Rounds: pairs that are each other's most alike are merged into the mean of all that they stand for, the most alike
+    quarter of them, then anew: all at once would merge unlike ones early. A mean's likeness follows from its parts',
+    and only rows whose nearest was merged look for another. It is done in host memory: hundreds of rounds of small
+    steps, each of which a GPU would be asked for and waited for.
+    """
+    count, group = len(sizes), np.arange(len(sizes))
+    np.fill_diagonal(likeness, NO_LIKENESS)
+    nearest, best = likeness.argmax(axis=1), likeness.max(axis=1)
     while count > most:
         # 1. the most alike quarter of the pairs that are each other's nearest
-        own = torch.arange(len(sizes), device=device)
-        first = ((nearest[nearest] == own) & (own < nearest)).nonzero().flatten()
-        ranked = best[first].argsort(descending=True, stable=True)
-        first = first[ranked[: min(max(len(first) // 4, 1), count - most)]].sort().values
-        # 2. the second joins the first
+        own = np.arange(len(sizes))
+        first = np.flatnonzero((nearest[nearest] == own) & (own < nearest))
+        ranked = np.argsort(-best[first], kind="stable")
+        first = np.sort(first[ranked[: min(max(len(first) // 4, 1), count - most)]])
         second, count = nearest[first], count - len(first)
+        # 2. the second joins the first
         total = sizes[first] + sizes[second]
         a, b = norms[first] * sizes[first] / total, norms[second] * sizes[second] / total  # parts of the mean's length
-        norms[first] = (a * a + b * b + 2 * a * b * best[first]).sqrt().clamp_min(1e-30)
-        a, b = (a / norms[first]).unsqueeze(1), (b / norms[first]).unsqueeze(1)
+        norms[first] = np.sqrt((a * a + b * b + 2 * a * b * best[first]).clip(1e-30))
+        a, b = (a / norms[first])[:, None], (b / norms[first])[:, None]
         merged = likeness[first] * a + likeness[second] * b
         mutual = merged[:, first] * a.T + merged[:, second] * b.T
-        merged[:, first] = (mutual + mutual.T) / 2
-        likeness.index_copy_(0, first, merged).index_copy_(1, first, merged.T)
-        sizes[first], sizes[second], gone[second] = total, 0, -math.inf
-        group = own.index_copy(0, second, first)[group]
-        # 3. a new mean is nearer to a row than all others, or it is not; who lost its nearest looks at all
-        value, which = (merged + gone).max(dim=0)
-        lost = own.index_fill(0, first, -1).index_fill_(0, second, -1)[nearest] < 0
-        best[first] = math.inf  # theirs has changed, whatever it was
-        nearer = (value > best) | ((value == best) & (first[which] < nearest))
-        best, nearest = torch.where(nearer, value, best), torch.where(nearer, first[which], nearest)
-        lost = (lost & ~nearer & (sizes > 0)).nonzero().flatten()
-        best[lost], nearest[lost] = find_nearest(lost)
-        nearest[second] = second
-        # 4. rows that are gone are taken out now and then
+        merged[:, first], merged[:, second] = (mutual + mutual.T) / 2, NO_LIKENESS
+        merged[np.arange(len(first)), first] = NO_LIKENESS
+        likeness[first], likeness[:, first], likeness[:, second] = merged, merged.T, NO_LIKENESS
+        sizes[first], sizes[second] = total, 0
+        own[second] = first
+        group = own[group]
+        # 3. a new mean is nearer than all others, or it is not; rows whose nearest was merged look at all
+        lost = np.isin(nearest, [first, second])
+        best[first] = best[second] = math.inf
+        likest = merged.max(axis=0)
+        nearer = np.flatnonzero(likest >= best)
+        which = first[merged[:, nearer].argmax(axis=0)]
+        closer = (likest[nearer] > best[nearer]) | (which < nearest[nearer])  # of equal ones the first
+        nearer, which = nearer[closer], which[closer]
+        nearest[nearer], best[nearer], nearest[second] = which, likest[nearer], second
+        lost[nearer] = lost[second] = False
+        rows = likeness[lost]
+        nearest[lost], best[lost] = rows.argmax(axis=1), rows.max(axis=1)
+        # 4. rows that joined others are taken out now and then
         if count < 0.8 * len(sizes) or count <= most:
-            left = sizes.nonzero().flatten()
-            place = torch.full_like(own, -1).index_copy_(0, left, own[:count])
+            left = np.flatnonzero(sizes)
+            place = np.zeros_like(own)
+            place[left] = np.arange(count)
             group, nearest = place[group], place[nearest[left]]
-            sizes, norms, best, gone = sizes[left], norms[left], best[left], gone[left]
-            likeness = likeness.index_select(0, left).index_select(1, left)
-    return torch.zeros_like(states[:count]).index_add_(0, group, states) / sizes.unsqueeze(1)
+            sizes, norms, best, likeness = sizes[left], norms[left], best[left], likeness[np.ix_(left, left)]
+    return group
 
 
 @dataclass(frozen=True)
