@@ -5152,8 +5152,8 @@ class JobLoop:
 
     def stop_named(self) -> bool:
         """Stops those of the jobs held that RunPod named just now; whether there were any."""
-        count = self.loop.time() < self.stops_until
-        named = [(task, job) for task, job in self.held.items() if count and job.id in self.stops]
+        recent = self.loop.time() < self.stops_until
+        named = [(task, job) for task, job in self.held.items() if recent and job.id in self.stops]
         for task, job in named:
             log.info("job %s: stopped by RunPod", job.id)
             job.stopped = True  # its thread ends at the next check

@@ -390,7 +390,7 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def ready(self, timeout: float = 60.0) -> Worker:
+    def ready(self, timeout: float = 110.0) -> Worker:
         """Waits until it asks for its first job."""
         self.server.wait_for(lambda: any(poll.pod == self.pod for poll in self.server.polls), timeout)
         return self

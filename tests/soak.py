@@ -2,6 +2,7 @@
 
     python tests/soak.py --jobs 2000
     python tests/soak.py --jobs 0 --stops 500
+    python tests/soak.py --jobs 0 --stops 500 --light       without models, so that it is quick
 
 Every job must be answered exactly once and as its kind asks, a fixed control job every hundred must give the same
 image, and the worker's memory must stay where it was after the first hundred. Prints a line per hundred jobs.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +94,32 @@ def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, ever
     return memory
 
 
-def soak_stops(server: RunPodServer, worker: Worker, loras: list[str], stops: int, every: int = 50) -> Counter[str]:
+def light_job(dice: random.Random) -> dict[str, Any]:
+    """The input of a job of light_worker.py."""
+    return {"steps": dice.randint(1, 60), "encode_s": dice.choice((0, 0.5)), "decode_s": dice.choice((0, 0.5))}
+
+
+def soak_stops(
+    server: RunPodServer,
+    worker: Worker,
+    make: Callable[[random.Random], dict[str, Any]],
+    stops: int,
+    every: int = 50,
+) -> Counter[str]:
     """Stops three jobs of four, about `every` at a time; returns how many of them were how far, as the queue saw it.
     Raises AssertionError."""
     dice, moments = random.Random(0), Counter()
     first = server.result(server.submit(CONTROL), timeout=600)["output"]["images"]
     while sum(moments.values()) < stops:
-        wanted = [(server.submit(random_job(dice, loras)[0]), dice.random() < 0.75) for _ in range(every * 4 // 3)]
+        wanted = [(server.submit(make(dice)), dice.random() < 0.75) for _ in range(every * 4 // 3)]
+        for job_id, _ in wanted:  # some answers are long on their way
+            server.inject("job-done", [dice.choice((None, None, 0.5, 2.0, 429))], job_id)
         for job_id, doomed in wanted:
             job = server.jobs[job_id]
             if doomed:
                 server.wait_for(lambda job=job: job.taken, timeout=600)
-                time.sleep(dice.uniform(0, 1) ** 2)  # most jobs last for some tenths of a second
-                moment = "posted" if job.attempts else "denoised" if job.progress else "taken"
+                time.sleep(dice.choice((0, dice.random(), 2 * dice.random())))
+                moment = "being posted" if job.attempts else "denoised" if job.progress else "taken"
                 moments[moment if not job.results else "answered"] += 1
                 server.stop(job_id)
             else:
@@ -130,17 +145,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument("--light", action="store_true", help="stops alone")
     options = parser.parse_args()
-    world = build_world(TESTS / ".cache")
-    environ = {**world.environ(), "LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
+    environ, script = {}, "light_worker.py"
+    if not options.light:
+        environ = build_world(TESTS / ".cache").environ()
+        environ |= {"LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
+        script = "breakable_worker.py"
     loras = ["Detail Tweaker XL", "hand_detail_flux_xl", "boring_reality_v3"]
     with (
         tempfile.TemporaryDirectory() as folder,
         RunPodServer() as server,
-        Worker(server, Path(folder), environ, str(TESTS / "breakable_worker.py")) as worker,
+        Worker(server, Path(folder), environ, str(TESTS / script)) as worker,
     ):
-        worker.ready()
-        print(soak_stops(server, worker, loras, options.stops))
+        worker.ready(300)
+        make = light_job if options.light else lambda dice: random_job(dice, loras)[0]
+        print(soak_stops(server, worker, make, options.stops))
         if not options.jobs:
             return
         memory = soak(server, worker, loras, options.jobs)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from runpod_server import KEY, ROOT, Job, Post, RunPodServer, Worker
-from soak import OUT_OF_MEMORY_WIDTH, STOP_S, soak, soak_stops
+from soak import OUT_OF_MEMORY_WIDTH, STOP_S, random_job, soak, soak_stops
 
 sys.path.append(str(Path(__file__).with_name("benchmarks")))
 from idle_gpu import measure
@@ -387,7 +387,8 @@ def test_nothing_of_a_stopped_job_stays(shared):
     """Jobs of real models stopped at random, other LoRAs and sizes among them: each other job is answered once, and a
     fixed one gives the same image as before."""
     server, worker, _ = shared
-    soak_stops(server, worker, ["Detail Tweaker XL", "hand_detail_flux_xl"], stops=8, every=4)
+    loras = ["Detail Tweaker XL", "hand_detail_flux_xl"]
+    soak_stops(server, worker, lambda dice: random_job(dice, loras)[0], stops=8, every=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
