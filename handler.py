@@ -1797,6 +1797,11 @@ def latent_scale(vae: Any, like: Any) -> tuple[Any, Any]:
     return mean, config.scaling_factor / std
 
 
+def free_gpu_bytes() -> int:
+    """What tensors can still take, the blocks that torch keeps for reuse included."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def is_black(pixels: Any) -> Any:
     """Per image of (n, 3, h, w): whether it holds NaN, or nothing that would show."""
     return ~(pixels.flatten(1).amax(1) >= 0.5 / 255)  # NaN compares false, and amax hands it on
@@ -1843,6 +1848,8 @@ OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
     r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
 }
 JOB_BYTES = 6 * GIB  # stays free on the GPU for the largest jobs, which take 4.9 GiB above the weights
+JOB_LORAS_BYTES = 4 * GIB  # of host memory for the LoRAs of jobs that are not applied now
+MERGED_TOGETHER = 16  # tensors; more take more memory for their joined factors
 
 
 class BadLora(Exception):
@@ -1894,6 +1901,15 @@ class Share:
     scaling: float  # alpha / rank
     magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the product of two matrices, whatever the weight."""
+        return self.kind is low_rank and self.magnitude is None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
     def to(self, device: Any) -> Share:
         """The same on another device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
@@ -1910,6 +1926,19 @@ class Share:
         return (
             turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
         )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a file holds."""
+
+    shares: dict[str, Share]  # "unet.mid_block.attentions.0.proj_in.weight" -> its share
+    embeddings: dict[str, dict[str, Any]]  # bundled ones as they are: name -> {"clip_l": (n, 768), "clip_g": (n, 1280)}
+    warnings: list[str]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(share.size_bytes for share in self.shares.values())
 
 
 @functools.lru_cache
@@ -1952,14 +1981,15 @@ def layer_spellings(pipe: Any) -> dict[str, str]:
     return spellings
 
 
-def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict[str, Share], dict, list[str]]:
-    """A file's shares, "unet.mid_block.attentions.0.proj_in.weight" -> Share; its bundled embeddings as they are, name
-    -> {"clip_l": (n, 768), "clip_g": (n, 1280)}; warnings. spellings are layer_spellings(pipe). Raises BadLora."""
+def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
+    """Reads a file into memory of its own, so that it may be deleted afterwards. spellings are layer_spellings(pipe).
+    Raises BadLora."""
     try:
-        with safetensors.safe_open(file, "pt") as opened:
-            configs = peft_configs(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, safetensors.SafetensorError) as error:
+        content = file.read_bytes()
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        configs = peft_configs(header.get("__metadata__", {}))
+    except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that torch lacks
         raise BadLora("the file is damaged or not a safetensors file") from error
     refuse(tensors, OTHER_KINDS)
     changes, unknown, embeddings = sort_tensors(tensors, spellings)
@@ -1983,7 +2013,7 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> tuple[dict
     if unknown:
         such = f"such as {min(unknown)[:80]!r}"
         warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
-    return {name: share for name, share in shares.items() if share}, embeddings, warnings
+    return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings)
 
 
 def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
@@ -2047,6 +2077,8 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
         down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
         parts["down"] = down
+    if kind is low_rank:  # column by column in memory, as plain_changes joins it
+        parts["up"] = parts["up"].flatten(1).T.contiguous().T
     made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
     fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
     if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
@@ -2087,97 +2119,132 @@ class Target:
     module: Any
     name: str  # "weight" or "bias"
     original: Any  # as in the checkpoint; never written to
-    shares: dict[str, Share] = field(default_factory=dict)  # adapter name -> its share
     apart: bool = False  # whether the original has a place of its own
-    up: Any = None  # (rows, ranks) and (ranks, columns): the plain shares, joined
-    down: Any = None
-
-    def plain(self, scales: Iterable[str]) -> dict[str, Share]:
-        """The shares of these adapters that are products of two matrices, whatever the weight."""
-        shares = {name: share for name, share in self.shares.items() if name in scales}
-        return {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
+    shares: dict[str, Share] = field(default_factory=dict)  # adapter name -> its share
 
     def settle(self, on_gpu: bool) -> None:
-        """Parts the original from the tensor that is going to be changed, and joins the plain shares, so that a change
-        of the stack takes one product for all of them."""
-        tensor = getattr(self.module, self.name)
-        if on_gpu and not self.apart:
-            self.original = tensor.detach().clone()
-        elif tensor.data_ptr() == self.original.data_ptr():
-            half = tensor.detach().half()
+        """Parts the original from the tensor that is going to be changed."""
+        tensor = getattr(self.module, self.name).detach()
+        if on_gpu:
+            self.original = tensor.clone()
+        elif tensor.device != self.original.device:
+            pass  # the tensor went to the GPU; the original is still a page of the checkpoint file
+        elif tensor.device.type == "cuda":
+            self.original = tensor.cpu()
+        else:
+            half = tensor.half()
             if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
                 self.original = half  # exact: float32 pipelines too come from float16 files
             else:
-                tensor.data = tensor.detach().clone()
+                getattr(self.module, self.name).data = tensor.clone()
         self.apart = True
-        self.shares = {name: share.to(self.original.device) for name, share in self.shares.items()}
-        if plain := self.plain(self.shares):
-            self.up = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], 1)
-            self.down = torch.cat([share.parts["down"].flatten(1) for share in plain.values()])
-            ranks = [len(share.parts["down"]) for share in plain.values()]
-            for name, up, down in zip(plain, self.up.split(ranks, 1), self.down.split(ranks), strict=True):
-                self.shares[name] = replace(plain[name], parts={"up": up, "down": down})
 
-    def merge(self, scales: Mapping[str, float], rank_scales: Any, device: Any) -> None:
-        """tensor = original + what the LoRAs add, summed in float32 and rounded once; rank_scales (ranks,) are those of
-        the plain shares. In place, since torch.compile and hooks hold on to the tensor."""
-        tensor, original, change = getattr(self.module, self.name), self.original.to(device), None
-        plain = self.plain(scales)
-        if plain:
-            up, down = self.up, self.down
-            if len(rank_scales) < len(down):
-                up = torch.cat([share.parts["up"] for share in plain.values()], 1)
-                down = torch.cat([share.parts["down"] for share in plain.values()])
-            change = ((up.to(device) * rank_scales) @ down.to(device).float()).view_as(original)
-        for name, share in self.shares.items():
-            if name in scales and name not in plain:
+
+def merge(targets: list[Target], scales: Mapping[str, float], device: Any) -> None:
+    """Makes each tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
+    torch.compile and hooks hold on to the tensors."""
+    for target, change in zip(targets, plain_changes(targets, scales, device), strict=True):
+        tensor, original = getattr(target.module, target.name), target.original.to(device)
+        for name, share in target.shares.items():
+            if name in scales and not share.is_plain:
                 more = scales[name] * share.to(device).change(original.float())
                 change = more if change is None else change + more
         if change is None:
             tensor.copy_(original)
-        elif original.device == tensor.device:
-            torch.add(original, change, out=tensor)
+        elif device == tensor.device:
+            torch.add(original, change.view_as(original), out=tensor)
         else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
-            tensor.copy_((original + change).to(tensor.dtype))
+            tensor.copy_((original + change.view_as(original)).to(tensor.dtype))
+
+
+def plain_changes(targets: list[Target], scales: Mapping[str, float], device: Any) -> list[Any]:
+    """For each target the sum of its plain shares in float32, (rows, columns), or None without any.
+
+    The factors of all targets are joined, moved and scaled together, and each target takes one product, whatever the
+    number of its LoRAs: operator by operator nine LoRAs would be 29,370 small kernels. Those of jobs' LoRAs lie in host
+    memory, where the configured ones may be on the GPU: they are joined apart.
+    """
+    changes: list[Any] = [None] * len(targets)
+    plain = [[pair for pair in target.shares.items() if pair[0] in scales and pair[1].is_plain] for target in targets]
+    for place in {share.parts["up"].device for pairs in plain for _, share in pairs}:
+        rows = [[pair for pair in pairs if pair[1].parts["up"].device == place] for pairs in plain]
+        shares = [share for pairs in rows for _, share in pairs]
+        factors = [scales[name] * share.scaling for pairs in rows for name, share in pairs]
+        counts = torch.tensor([share.parts["up"].numel() for share in shares], device=device)
+        ups = torch.cat([share.parts["up"].T.flatten() for share in shares]).to(device).float()
+        downs = torch.cat([share.parts["down"].flatten() for share in shares]).to(device).float()
+        ups *= torch.tensor(factors, device=device).repeat_interleave(counts, output_size=len(ups))
+        ranks = [sum(len(share.parts["down"]) for _, share in pairs) for pairs in rows]
+        heights = [len(target.original) for target in targets]
+        widths = [target.original.numel() // height for target, height in zip(targets, heights, strict=True)]
+        ups = ups.split([rank * height for rank, height in zip(ranks, heights, strict=True)])
+        downs = downs.split([rank * width for rank, width in zip(ranks, widths, strict=True)])
+        for i, rank in enumerate(ranks):
+            if rank:
+                change = ups[i].view(rank, -1).T @ downs[i].view(rank, -1)
+                changes[i] = change if changes[i] is None else changes[i] + change
+    return changes
 
 
 class LoraStack:
     """LoRAs merged into a pipeline's weights, so that a job runs exactly the operations of the bare checkpoint.
 
-    `failed` says which files cannot be used, and why: nothing of them is in any weight. `warnings` says what the others
-    hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now, adapter name ->
-    scale.
+    `failed` says which configured files cannot be used, and why: nothing of them is in any weight. `warnings` says what
+    the others hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now,
+    adapter name -> scale.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
-        """Reads all files, adapter name -> path. Best before the pipeline leaves host memory: see settle()."""
+        """Reads the configured files, adapter name -> path; best before the pipeline leaves host memory: see settle."""
         self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
         self.warnings: dict[str, list[str]] = {}
         self.embeddings: dict[str, dict[str, dict[str, Any]]] = {}  # adapter name -> embedding's name -> part -> tensor
         self.applied: dict[str, float] = {}
-        self.adapters: set[str] = set()  # what can be applied
+        self.configured: set[str] = set()
+        self.of_jobs: dict[str, int] = {}  # the other adapters -> their bytes, the least recently applied first
         self.targets: dict[str, Target] = {}
-        self.settled = False
         for adapter, file in files.items():
-            self.add(adapter, file)
+            try:
+                lora = self.read(file)
+            except BadLora as reason:
+                self.failed[adapter] = str(reason)
+                log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
+                continue
+            self.configured.add(adapter)
+            self.add(adapter, lora)
 
-    def add(self, adapter: str, file: Path) -> None:
-        """Reads a file into the stack, or notes in `failed` why it cannot be used."""
-        try:
-            shares, self.embeddings[adapter], self.warnings[adapter] = read_lora(file, self.spellings, self.pipe)
-        except BadLora as reason:
-            self.failed[adapter] = str(reason)
-            log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-            return
-        self.adapters.add(adapter)
-        for warning in self.warnings[adapter]:
+    def has(self, adapter: str) -> bool:
+        """Whether it can be applied."""
+        return adapter in self.configured or adapter in self.of_jobs
+
+    def read(self, file: Path) -> Lora:
+        """What a file holds, for add(). Changes nothing, and may run while another thread has the GPU's turn. Raises
+        BadLora."""
+        return read_lora(file, self.spellings, self.pipe)
+
+    def add(self, adapter: str, lora: Lora) -> None:
+        """Takes in what was read of a LoRA; a job's numbers stay in host memory. Like apply() only within the GPU's
+        turn."""
+        self.embeddings[adapter], self.warnings[adapter] = lora.embeddings, lora.warnings
+        if adapter not in self.configured:
+            self.of_jobs[adapter] = lora.size_bytes
+        for warning in lora.warnings:
             log.warning("LoRA %s: %s", adapter, warning)
-        for name, share in shares.items():
+        for name, share in lora.shares.items():
             layer, _, end = name.rpartition(".")
-            target = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
-            self.targets.setdefault(name, target).shares[adapter] = share
-        self.settled = False
+            if name not in self.targets:
+                self.targets[name] = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
+            self.targets[name].shares[adapter] = share
+
+    def drop(self, adapter: str) -> None:
+        """Forgets a job's LoRA that is not applied, and the originals that were kept for it alone."""
+        for held in (self.of_jobs, self.embeddings, self.warnings):
+            held.pop(adapter)
+        for name, target in list(self.targets.items()):
+            target.shares.pop(adapter, None)
+            if not target.shares:
+                del self.targets[name]
 
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
@@ -2188,43 +2255,45 @@ class LoraStack:
         wanted = {name: scale for name, scale in scales.items() if scale and name not in self.failed}
         if wanted == self.applied:
             return False
-        if unknown := wanted.keys() - self.adapters:
+        adapters = self.configured | self.of_jobs.keys()
+        if unknown := wanted.keys() - adapters:
             raise KeyError(*unknown)
-        changed = {name for name in self.adapters if wanted.get(name) != self.applied.get(name)}
-        targets = [target for target in self.targets.values() if not changed.isdisjoint(target.shares)]
+        changed = {name for name in adapters if wanted.get(name) != self.applied.get(name)}
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
-            if not self.settled:
-                self.settle()
+            self.settle()
             # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
-            self.applied = dict.fromkeys(self.adapters, math.nan)
-            for target, rank_scales in zip(targets, scale_ranks(targets, wanted, device), strict=True):
-                target.merge(wanted, rank_scales, device)
+            self.applied = dict.fromkeys(adapters, math.nan)
+            targets = list(self.targets.values())
+            for start in range(0, len(targets), MERGED_TOGETHER):
+                group = targets[start : start + MERGED_TOGETHER]
+                if any(not changed.isdisjoint(target.shares) for target in group):
+                    merge(group, wanted, device)
         self.applied = wanted
+        for name in wanted.keys() & self.of_jobs.keys():
+            self.of_jobs[name] = self.of_jobs.pop(name)
+        for name in [name for name in self.of_jobs if name not in wanted]:
+            if sum(self.of_jobs.values()) > JOB_LORAS_BYTES:
+                self.drop(name)
         return True
 
     def settle(self) -> None:
-        """Gives the originals a place of their own before the first change: on the GPU where the largest jobs fit
-        beside them, else in host memory, where a float16 pipeline's are pages of the checkpoint file itself."""
-        targets = self.targets.values()
-        size = sum(part.nbytes for t in targets for share in t.shares.values() for part in share.parts.values())
-        size += sum(target.original.nbytes for target in targets)
-        on_gpu = self.pipe.device.type == "cuda" and torch.cuda.mem_get_info()[0] - size >= JOB_BYTES
-        for target in targets:
+        """Gives originals a place of their own before their first change: on the GPU where the largest jobs fit beside
+        them, else in host memory, where a float16 pipeline's are pages of the checkpoint file itself. The configured
+        LoRAs go with them."""
+        fresh = [target for target in self.targets.values() if not target.apart]
+        if not fresh:
+            return
+        size = sum(target.original.nbytes for target in fresh)
+        size += sum(share.size_bytes for t in fresh for name, share in t.shares.items() if name in self.configured)
+        on_gpu = self.pipe.device.type == "cuda" and free_gpu_bytes() - size >= JOB_BYTES
+        for target in fresh:
             target.settle(on_gpu)
-        self.settled = True
+            if on_gpu:
+                for name in target.shares.keys() & self.configured:
+                    target.shares[name] = target.shares[name].to("cuda")
         where = "on the GPU" if on_gpu else "in host memory"
-        log.info("LoRA stack: %d tensors; originals and LoRAs, %.1f GB, %s", len(targets), size / 1e9, where)
-
-
-def scale_ranks(targets: Iterable[Target], scales: Mapping[str, float], device: Any) -> tuple[Any, ...]:
-    """For each target (ranks,): scale * alpha / rank for each rank of its plain shares; one copy moves them all."""
-    plain = [target.plain(scales) for target in targets]
-    values = [scales[name] * share.scaling for shares in plain for name, share in shares.items()]
-    ranks = [[len(share.parts["down"]) for share in shares.values()] for shares in plain]
-    joined = torch.tensor(values, dtype=torch.float32)
-    joined = joined.repeat_interleave(torch.tensor([rank for row in ranks for rank in row], dtype=torch.long))
-    return joined.to(device).split([sum(row) for row in ranks])
+        log.info("LoRA stack: %d more tensors; originals and LoRAs, %.1f GB, %s", len(fresh), size / 1e9, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

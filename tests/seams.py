@@ -191,8 +191,7 @@ def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales:
         target.shares[name] = handler.Share(handler.low_rank, {"up": up, "down": down}, scaling, None)
     with torch.no_grad():
         target.settle(on_gpu=False)
-        [rank_scales] = handler.scale_ranks([target], scales, "cpu")
-        target.merge(scales, rank_scales, "cpu")
+        handler.merge([target], scales, torch.device("cpu"))
 
 
 # --- prompts

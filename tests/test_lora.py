@@ -215,19 +215,19 @@ def test_the_stack_in_force_costs_no_operation(bare, files) -> None:
     assert stack.applied == some
 
 
-VIEWS = ("view", "slice", "split", "detach", "alias", "unsqueeze", "expand")  # they start no kernel
+VIEWS = ("view", "slice", "split", "split_with_sizes", "detach", "alias", "unsqueeze", "expand", "permute", "t")
 
 
-def test_a_change_of_the_stack_takes_four_kernels_a_weight(loaded, files) -> None:
-    """Of nine LoRAs, as of one: scaling, converting, one product, one sum. A part of the stack takes two more."""
+def test_a_change_of_the_stack_takes_three_kernels_a_weight(loaded, files) -> None:
+    """Of nine LoRAs or some of them, as of one: a product, a sum, and a share in what is joined for many weights."""
     half = copy_of(loaded, torch.float16)
     stack = LoraStack(half, files)
     stack.apply(SCALES)
-    for scales, kernels in ((dict.fromkeys(SCALES, 0.7), 4), (dict.fromkeys(list(SCALES)[2:], 0.5), 6)):
+    for scales in (dict.fromkeys(SCALES, 0.7), dict.fromkeys(list(SCALES)[2:], 0.5)):
         with Operations() as operations:
             stack.apply(scales)
         started = sum(n for name, n in operations.counts.items() if name.split(".")[1].strip("_") not in VIEWS)
-        assert started <= kernels * len(changed_tensors(stack)) + 10, operations.counts
+        assert started <= 3 * len(changed_tensors(stack)), operations.counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
