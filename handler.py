@@ -432,6 +432,10 @@ class Stopped(WorkerError):
     code = "STOPPED"
 
 
+class BadModel(Exception):
+    """Why a model's file cannot be used, in words for a client."""
+
+
 def failure_answer(failure: WorkerError) -> dict[str, Any]:
     """What a client gets: {"error": sentence, "code": code}, and refresh_worker where the worker must be replaced."""
     answer = {"error": str(failure), "code": failure.code}
@@ -1520,6 +1524,8 @@ class Engine:
     pipe: Any  # StableDiffusionXLPipeline: float16 on CUDA, float32 on CPU
     stack: LoraStack
     encoder: PromptEncoder
+    embeddings: dict[str, Embedding]  # the configured ones by name
+    store: Store  # which fetches what jobs name by id
     scheduler_config: Mapping[str, Any]  # the checkpoint's own, which every job's scheduler is built from
 
     @classmethod
@@ -1539,6 +1545,13 @@ class Engine:
         with phase("checkpoint and VAE"):
             pipe = build_pipeline(settings, files.checkpoint, dtype)
         with phase("LoRA files"):
+            embeddings = {}
+            for name, path in files.embeddings.items():
+                try:
+                    embeddings[name] = read_embedding(name, path, pipe)
+                except BadModel as reason:
+                    files.embeddings_failed[name] = str(reason)
+                    log.warning("embedding %s is left out: %s (%s)", name, reason, path)
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
@@ -1554,7 +1567,8 @@ class Engine:
         )  # ahead of the first recipe, which needs them
         if settings.torch_compile:
             compile_unet(pipe)
-        return cls(settings, files, pipe, stack, PromptEncoder(pipe), {**pipe.scheduler.config, **scheduler_config})
+        scheduler_config = {**pipe.scheduler.config, **scheduler_config}
+        return cls(settings, files, pipe, stack, PromptEncoder(pipe), embeddings, Store(settings), scheduler_config)
 
 
 @contextmanager
@@ -1852,10 +1866,6 @@ JOB_LORAS_BYTES = 4 * GIB  # of host memory for the LoRAs of jobs that are not a
 MERGED_TOGETHER = 16  # tensors; more take more memory for their joined factors
 
 
-class BadLora(Exception):
-    """Why a file cannot go into the stack, in words for a client."""
-
-
 # kinds
 
 
@@ -1933,7 +1943,7 @@ class Lora:
     """What a file holds."""
 
     shares: dict[str, Share]  # "unet.mid_block.attentions.0.proj_in.weight" -> its share
-    embeddings: dict[str, dict[str, Any]]  # bundled ones as they are: name -> {"clip_l": (n, 768), "clip_g": (n, 1280)}
+    embeddings: dict[str, Embedding]  # which it brings along, by name
     warnings: list[str]
 
     @property
@@ -1983,21 +1993,21 @@ def layer_spellings(pipe: Any) -> dict[str, str]:
 
 def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
     """Reads a file into memory of its own, so that it may be deleted afterwards. spellings are layer_spellings(pipe).
-    Raises BadLora."""
+    Raises BadModel."""
     try:
         content = file.read_bytes()
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         configs = peft_configs(header.get("__metadata__", {}))
     except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that torch lacks
-        raise BadLora("the file is damaged or not a safetensors file") from error
+        raise BadModel("the file is damaged or not a safetensors file") from error
     refuse(tensors, OTHER_KINDS)
-    changes, unknown, embeddings = sort_tensors(tensors, spellings)
+    changes, unknown, bundled = sort_tensors(tensors, spellings)
     if not changes:
         if not any(map(LORA_PART.fullmatch, tensors)):
-            raise BadLora("the file holds no LoRA weights")
+            raise BadModel("the file holds no LoRA weights")
         refuse(tensors, OTHER_MODELS)
-        raise BadLora(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
+        raise BadModel(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
     total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
     changed = {name: attrgetter(name)(pipe) for name in changes}
     unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
@@ -2005,28 +2015,33 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
         try:
             shares[name] = None if tensor is None else read_share(name, changes[name], tensor.shape, configs)
         except KeyError as part:
-            raise BadLora(f"its layer {name} lacks the part {part}") from part
+            raise BadModel(f"its layer {name} lacks the part {part}") from part
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             refuse(tensors, OTHER_MODELS)
-            raise BadLora(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
-    warnings = []
+            raise BadModel(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
+    warnings, embeddings = [], {}
     if unknown:
         such = f"such as {min(unknown)[:80]!r}"
         warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
+    for name, parts in bundled.items():
+        try:
+            embeddings[name] = read_embedding(name, parts, pipe)
+        except BadModel as reason:
+            warnings.append(f"its embedding {name[:80]!r} is left out: {reason}")
     return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings)
 
 
 def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
-    """Raises BadLora where a row of the table says what the file is."""
+    """Raises BadModel where a row of the table says what the file is."""
     listing = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     for pattern, what in kinds.items():
         if re.search(pattern, listing, re.MULTILINE):
-            raise BadLora(f"the file is {what}: only LoRA, LoHa, LoKr, DoRA and difference files for SDXL can be used")
+            raise BadModel(f"the file is {what}: only LoRA, LoHa, LoKr, DoRA and difference files for SDXL can be used")
 
 
 def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[dict, set[str], dict]:
     """A file's tensors by what they change, "unet.conv_in.weight" -> part -> tensor; the names of layers that SDXL
-    lacks; the tensors of bundled embeddings, name -> part -> tensor. Raises BadLora for what could only be guessed."""
+    lacks; the tensors of bundled embeddings, name -> part -> tensor. Raises BadModel for what could only be guessed."""
     changes, unknown, bundled = {}, set(), {}
     for key, tensor in tensors.items():
         if key.startswith("bundle_emb."):
@@ -2039,9 +2054,9 @@ def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tu
         if found and layer:
             name, part = (f"{layer}.bias", "diff") if part == "diff_b" else (f"{layer}.weight", part)
             if changes.setdefault(name, {}).setdefault(part, tensor) is not tensor:
-                raise BadLora(f"the file holds {name} twice, under two names")
+                raise BadModel(f"the file holds {name} twice, under two names")
         elif not found and any(key[: dot.start()].replace(".", "_") in spellings for dot in re.finditer(r"\.", key)):
-            raise BadLora(f"the file holds weights of an unknown kind, such as {key[:80]!r}")
+            raise BadModel(f"the file holds weights of an unknown kind, such as {key[:80]!r}")
         else:
             unknown.add(spelled)
     return changes, unknown, bundled
@@ -2050,7 +2065,7 @@ def sort_tensors(tensors: Mapping[str, Any], spellings: Mapping[str, str]) -> tu
 def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping[str, Any]) -> Share | None:
     """A file's share in a tensor of this name and shape; None for rank 0. configs are PEFT's, for each component.
 
-    Raises BadLora for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
+    Raises BadModel for numbers that cannot be used, KeyError for a part that is missing, and what torch raises, or
     ValueError, where the parts do not make up that shape.
     """
     parts = {part: usable(tensor.float() if part == "alpha" else tensor) for part, tensor in parts.items()}
@@ -2073,7 +2088,7 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
         magnitude = parts.pop("magnitude_vector").flatten()  # (rows,), or (1, rows, 1, 1) of a convolution
     kind, *others = {LORA_KINDS.get(part[:4], low_rank) for part in parts} or {low_rank}
     if others:
-        raise BadLora(f"its layer {name} is of several kinds at once")
+        raise BadModel(f"its layer {name} is of several kinds at once")
     if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
         down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
         parts["down"] = down
@@ -2087,17 +2102,17 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
 
 
 def usable(tensor: Any) -> Any:
-    """The tensor in a type that torch can compute with. Raises BadLora for NaN and infinite numbers."""
+    """The tensor in a type that torch can compute with. Raises BadModel for NaN and infinite numbers."""
     if not tensor.is_floating_point():
-        raise BadLora(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
+        raise BadModel(f"weights of type {str(tensor.dtype).removeprefix('torch.')} are not supported")
     tensor = tensor.half() if tensor.element_size() == 1 else tensor  # float8: float16 holds it exactly
     if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # 20 times as fast as isfinite, and keeps NaN
-        raise BadLora("the file holds NaN or infinite numbers")
+        raise BadModel("the file holds NaN or infinite numbers")
     return tensor
 
 
 def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadLora."""
+    """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadModel."""
     configs = {}
     try:
         for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
@@ -2106,7 +2121,7 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
                 configs.setdefault(component, {})[name] = value
         return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise BadLora("its PEFT configuration cannot be read") from error
+        raise BadModel("its PEFT configuration cannot be read") from error
 
 
 # the stack
@@ -2189,46 +2204,40 @@ def plain_changes(targets: list[Target], scales: Mapping[str, float], device: An
 class LoraStack:
     """LoRAs merged into a pipeline's weights, so that a job runs exactly the operations of the bare checkpoint.
 
-    `failed` says which configured files cannot be used, and why: nothing of them is in any weight. `warnings` says what
-    the others hold that SDXL lacks, `embeddings` has their bundled ones. `applied` is what is in the weights now,
-    adapter name -> scale.
+    `failed` says which configured files cannot be used, and why: nothing of them is in any weight. `loras` are the
+    others, the configured ones and those that jobs brought. `applied` is what is in the weights now, adapter name ->
+    scale.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         """Reads the configured files, adapter name -> path; best before the pipeline leaves host memory: see settle."""
         self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
-        self.warnings: dict[str, list[str]] = {}
-        self.embeddings: dict[str, dict[str, dict[str, Any]]] = {}  # adapter name -> embedding's name -> part -> tensor
         self.applied: dict[str, float] = {}
         self.configured: set[str] = set()
-        self.of_jobs: dict[str, int] = {}  # the other adapters -> their bytes, the least recently applied first
+        self.loras: dict[str, Lora] = {}  # the least recently applied first; the configured ones' shares are in targets
         self.targets: dict[str, Target] = {}
         for adapter, file in files.items():
             try:
                 lora = self.read(file)
-            except BadLora as reason:
+            except BadModel as reason:
                 self.failed[adapter] = str(reason)
                 log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
                 continue
             self.configured.add(adapter)
             self.add(adapter, lora)
 
-    def has(self, adapter: str) -> bool:
-        """Whether it can be applied."""
-        return adapter in self.configured or adapter in self.of_jobs
-
     def read(self, file: Path) -> Lora:
         """What a file holds, for add(). Changes nothing, and may run while another thread has the GPU's turn. Raises
-        BadLora."""
+        BadModel."""
         return read_lora(file, self.spellings, self.pipe)
 
     def add(self, adapter: str, lora: Lora) -> None:
         """Takes in what was read of a LoRA; a job's numbers stay in host memory. Like apply() only within the GPU's
         turn."""
-        self.embeddings[adapter], self.warnings[adapter] = lora.embeddings, lora.warnings
-        if adapter not in self.configured:
-            self.of_jobs[adapter] = lora.size_bytes
+        if adapter in self.loras:
+            return
+        self.loras[adapter] = replace(lora, shares={}) if adapter in self.configured else lora
         for warning in lora.warnings:
             log.warning("LoRA %s: %s", adapter, warning)
         for name, share in lora.shares.items():
@@ -2239,8 +2248,7 @@ class LoraStack:
 
     def drop(self, adapter: str) -> None:
         """Forgets a job's LoRA that is not applied, and the originals that were kept for it alone."""
-        for held in (self.of_jobs, self.embeddings, self.warnings):
-            held.pop(adapter)
+        del self.loras[adapter]
         for name, target in list(self.targets.items()):
             target.shares.pop(adapter, None)
             if not target.shares:
@@ -2255,25 +2263,24 @@ class LoraStack:
         wanted = {name: scale for name, scale in scales.items() if scale and name not in self.failed}
         if wanted == self.applied:
             return False
-        adapters = self.configured | self.of_jobs.keys()
-        if unknown := wanted.keys() - adapters:
+        if unknown := wanted.keys() - self.loras.keys():
             raise KeyError(*unknown)
-        changed = {name for name in adapters if wanted.get(name) != self.applied.get(name)}
+        changed = {name for name in self.loras if wanted.get(name) != self.applied.get(name)}
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
             self.settle()
             # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
-            self.applied = dict.fromkeys(adapters, math.nan)
+            self.applied = dict.fromkeys(self.loras, math.nan)
             targets = list(self.targets.values())
             for start in range(0, len(targets), MERGED_TOGETHER):
                 group = targets[start : start + MERGED_TOGETHER]
                 if any(not changed.isdisjoint(target.shares) for target in group):
                     merge(group, wanted, device)
         self.applied = wanted
-        for name in wanted.keys() & self.of_jobs.keys():
-            self.of_jobs[name] = self.of_jobs.pop(name)
-        for name in [name for name in self.of_jobs if name not in wanted]:
-            if sum(self.of_jobs.values()) > JOB_LORAS_BYTES:
+        for name in wanted:
+            self.loras[name] = self.loras.pop(name)
+        for name in [name for name in self.loras if name not in self.configured | wanted.keys()]:
+            if sum(lora.size_bytes for lora in self.loras.values()) > JOB_LORAS_BYTES:
                 self.drop(name)
         return True
 
@@ -2343,10 +2350,6 @@ FACTORS = {")": 1.1, "]": 1 / 1.1}
 # embeddings
 
 
-class BadEmbedding(Exception):
-    """Why a file cannot be used as an embedding, in words for a client."""
-
-
 @dataclass(frozen=True)
 class Embedding:
     """A textual inversion: vectors that a prompt has, each as a token, where it says the name. Equal ones have the
@@ -2369,27 +2372,27 @@ class Vector:
 def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
     """The embedding of a safetensors file, or of the tensors clip_l and clip_g that a LoRA's file bundles.
 
-    Raises BadEmbedding for what is none for SDXL, or has more vectors than a chunk of a prompt has tokens.
+    Raises BadModel for what is none for SDXL, or has more vectors than a chunk of a prompt has tokens.
     """
     if isinstance(source, Path):
         try:
             with safetensors.safe_open(source, "pt") as opened:
                 source = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
         except (OSError, safetensors.SafetensorError) as error:
-            raise BadEmbedding("the file is damaged or not a safetensors file") from error
+            raise BadModel("the file is damaged or not a safetensors file") from error
     widths = {part: getattr(pipe, model).config.hidden_size for part, model in EMBEDDING_PARTS.items()}
     if missing := widths.keys() - source.keys():
         what = "an embedding for Stable Diffusion 1 or 2" if "emb_params" in source else "no embedding for SDXL"
-        raise BadEmbedding(f"the file is {what}: it lacks the vectors {' and '.join(sorted(missing))}")
+        raise BadModel(f"the file is {what}: it lacks the vectors {' and '.join(sorted(missing))}")
     for part, width in widths.items():
         if source[part].shape[1:] != (width,) or not source[part].is_floating_point():
-            raise BadEmbedding(f"its {part} must be floating-point numbers (n, {width}), got {[*source[part].shape]}")
+            raise BadModel(f"its {part} must be floating-point numbers (n, {width}), got {[*source[part].shape]}")
     vectors = [source[part].float().contiguous() for part in widths]  # float8 and bfloat16 too, exactly
     sizes = [len(rows) for rows in vectors]
     if sizes[0] != sizes[1] or not 1 <= sizes[0] <= CHUNK_TOKENS:
-        raise BadEmbedding(f"it must have as many vectors clip_l as clip_g, 1 to {CHUNK_TOKENS}, got {sizes}")
+        raise BadModel(f"it must have as many vectors clip_l as clip_g, 1 to {CHUNK_TOKENS}, got {sizes}")
     if not all(rows.isfinite().all() for rows in vectors):
-        raise BadEmbedding("the file holds NaN or infinite numbers")
+        raise BadModel("the file holds NaN or infinite numbers")
     digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in vectors))
     return Embedding(name, *vectors, digest.hexdigest())
 
@@ -4664,7 +4667,8 @@ def given_fields(
         used = [key for key in keys if key in given]
         if len(used) > 1:
             raise InvalidInput(f"{used[0]} and {used[1]} are the same field: give one of them")
-        found |= {name: (key, given[key]) for key in used}
+        if used:
+            found[name] = used[0], given[used[0]]
     return found, recipe, warnings
 
 
@@ -4910,7 +4914,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
 class JobModels:
     """What a job names by version ids, ready to be used; what may be left out, and is, has a warning."""
 
-    loras: dict[str, LoraFile] = field(default_factory=dict)  # by adapter name
+    loras: dict[str, Lora] = field(default_factory=dict)  # by adapter name
     embeddings: dict[str, Embedding] = field(default_factory=dict)  # by the name that prompts call it
     files: dict[str, Path] = field(default_factory=dict)  # of both, by the same names
     warnings: list[str] = field(default_factory=list)
@@ -4923,29 +4927,32 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings) -> J
     adapters = [adapter for adapter in request.loras if adapter not in settings.stack]
     wanted = [("loras", NamedModel(adapter, adapter.removeprefix("civitai_"))) for adapter in adapters]
     wanted += [("embeddings", item) for item in request.embeddings]
+    if not wanted:
+        return models
     folders = {"loras": settings.lora_dir, "embeddings": settings.embedding_dir}
 
     def fetch(kind: str, item: NamedModel) -> tuple[str, Path, Any]:
-        """The name, the file and what it holds."""
-        path = engine.store.fetch_for_job(civitai_config(item.version), folders[kind])
-        if kind == "loras":
-            return item.name, path, engine.stack.held(item.name) or engine.stack.read(path)
-        name = item.name or Path(listed_name(path)).stem or f"civitai_{item.version}"
-        return name, path, read_embedding(name, path, engine.pipe)
+        """Name, file and content of one."""
+        config = civitai_config(item.version)
+        path = engine.store.fetch_for_job(config, folders[kind])
+        try:
+            if kind == "loras":
+                return item.name, path, engine.stack.loras.get(item.name) or engine.stack.read(path)
+            name = item.name or listed_name(path) or config["name"]
+            return name, path, read_embedding(name, path, engine.pipe)
+        except BadModel as reason:
+            raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path) from reason
 
     with timings("models", gpu=False):
-        futures = [in_background(fetch, kind, item) for kind, item in wanted]
-        for (kind, item), future in zip(wanted, futures, strict=True):
+        for kind, future in [(one[0], in_background(fetch, *one)) for one in wanted]:
             try:
                 name, path, content = future.result()
-                getattr(models, kind)[name], models.files[name] = content, path
-            except (InvalidInput, DownloadFailed, BadModel) as error:
+            except (InvalidInput, DownloadFailed) as error:
                 if kind not in request.optional:
-                    called = f"{kind}: Civitai model version {item.version}: "
-                    raise type(error)(f"{called}{error}")
-                models.warnings.append(f"{error}: it was left out")
-    if not wanted:
-        del timings.seconds["models"]
+                    raise
+                models.warnings.append(f"{error}; it was left out")
+                continue
+            getattr(models, kind)[name], models.files[name] = content, path
     return models
 
 
@@ -4962,7 +4969,9 @@ def generate(
     if not changed:
         del timings.seconds["loras"]
     with timings("encode"):
-        conditioning = engine.encoder.encode(request, tuple(sorted(engine.stack.applied.items())), embeddings={})
+        bundled = chain.from_iterable(stack.loras[adapter].embeddings.items() for adapter in stack.applied)
+        embeddings = engine.embeddings | dict(bundled) | models.embeddings
+        conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
         latents = encode(pipe, [request.image.pixels]) if request.image else None
     observer.denoising()
     mask = None
@@ -4996,7 +5005,9 @@ def describe(
     """The answer's metadata, apart from times. loras: those in the weights, adapter -> scale."""
     settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
     of_models = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
-    of_models += [f"LoRA {name}: {warning}" for name in loras for warning in stack.warnings[name]]
+    of_models += [f"LoRA {name}: {warning}" for name in loras for warning in stack.loras[name].warnings]
+    prompts, absent = f"{request.prompt} {request.negative_prompt}".lower(), engine.files.embeddings_failed
+    of_models += [f"embedding {name} was left out: {why}" for name, why in absent.items() if name.lower() in prompts]
     answered = request.described()
     if request.embeddings:
         answered["embeddings"] = [

@@ -140,6 +140,15 @@ def engine() -> handler.Engine:
     return handler.WORKER.engine()
 
 
+@contextlib.contextmanager
+def engine_with_settings() -> Iterator[None]:
+    """The process's engine with the settings of now, which a start would read: where jobs fetch models from."""
+    before, now = handler.WORKER.engine(), settings()
+    serve(dataclasses.replace(before, settings=now, store=handler.Store(now)))
+    yield
+    serve(before)
+
+
 def gpu() -> threading.Lock:
     """The lock by which jobs take turns: holding it says when a turn begins."""
     return handler.WORKER.gpu
@@ -155,7 +164,8 @@ def engine_around(pipe: Any, loras: dict[str, Path], stack: Any = None) -> handl
     """An engine for a pipeline that was not loaded from files: the GPU benchmark compares several."""
     files = handler.ModelFiles(Path("none.safetensors"), loras, {})
     stack = stack or handler.LoraStack(pipe, loras)
-    return handler.Engine(settings(), files, pipe, stack, handler.PromptEncoder(pipe), pipe.scheduler.config)
+    encoder, store = handler.PromptEncoder(pipe), handler.Store(settings())
+    return handler.Engine(settings(), files, pipe, stack, encoder, {}, store, pipe.scheduler.config)
 
 
 def compile_unet(pipe: Any, backend: str) -> None:
@@ -200,7 +210,7 @@ PromptEncoder = handler.PromptEncoder  # one that has seen no prompt yet, and th
 parse_prompt = handler.parse_prompt  # A1111's language against the oracle, thousands of texts without a picture each
 split_lora_tags = handler.split_lora_tags  # as above
 read_embedding = handler.read_embedding  # embeddings of any tensors, without a server and a worker for each
-BadEmbedding = handler.BadEmbedding  # what it raises
+BadModel = handler.BadModel  # what it raises
 
 
 def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[list[Any]]:
@@ -299,14 +309,20 @@ quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.s
 def recipe_of(request: handler.JobRequest) -> str:
     """The recipe that a job's first image carries: thousands of jobs without a picture each."""
     config = settings()
-    checkpoint = handler.NamedModel.of(config.checkpoint, "0123456789")
-    loras = [handler.NamedModel.of(config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
-    return handler.write_recipe(request, request.seed, Path(config.vae_model).name, checkpoint, loras)
+    models = [used_model("checkpoint", config.checkpoint, "0123456789")]
+    models += [used_model("lora", config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
+    return handler.write_recipe(request, request.seed, Path(config.vae_model).name, models)
+
+
+def used_model(kind: str, config: dict, short_hash: str, scale: float | None = None) -> handler.UsedModel:
+    """A config's model as a recipe names it."""
+    stem, version = Path(config["filename"]).stem, handler.version_id(config)
+    return handler.UsedModel(kind, config["name"], stem, version, short_hash, scale)
 
 
 # --- images
 
-NamedModel = handler.NamedModel  # the recipe of models that are not in the table
+UsedModel = handler.UsedModel  # the recipe of models that are not in the table
 write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
 encode_images = handler.encode_images  # files of any pixels
 deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw

@@ -304,7 +304,7 @@ def test_what_is_no_embedding_for_sdxl_is_refused(pipe, tmp_path, change, senten
     tensors = change(drawn(pipe, 2, seed=1))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "x.safetensors")
     for source in (tensors, tmp_path / "x.safetensors"):
-        with pytest.raises(seams.BadEmbedding, match=sentence):
+        with pytest.raises(seams.BadModel, match=sentence):
             seams.read_embedding("x", source, pipe)
 
 
@@ -312,5 +312,5 @@ def test_what_is_no_embedding_for_sdxl_is_refused(pipe, tmp_path, change, senten
 def test_a_damaged_file_is_refused(pipe, tmp_path, content):
     """What safetensors cannot read, or what holds nothing."""
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(seams.BadEmbedding, match=r"damaged|lacks"):
+    with pytest.raises(seams.BadModel, match=r"damaged|lacks"):
         seams.read_embedding("x", tmp_path / "x.safetensors", pipe)

@@ -20,10 +20,10 @@ from sd_parsers.data import Generators
 import handler
 
 FORMATS = ("png", "jpeg", "webp")
-CHECKPOINT = seams.NamedModel("Jib Mix Realistic", "jib_mix_v2.safetensors", "1590699", "0123456789")
+CHECKPOINT = seams.UsedModel("checkpoint", "Jib Mix Realistic", "jib_mix_v2", "1590699", "0123456789")
 LORAS = [
-    seams.NamedModel("Detail Tweaker XL", "detail_tweaker_xl.safetensors", "135867", "a1b2c3d4e5f6", 1.5),
-    seams.NamedModel("Hand Detail FLUX & XL", "hand: detail, xl.safetensors", "294259", "", -0.25),
+    seams.UsedModel("lora", "Detail Tweaker XL", "detail_tweaker_xl", "135867", "a1b2c3d4e5f6", 1.5),
+    seams.UsedModel("lora", "Hand Detail FLUX & XL", "hand: detail, xl", "294259", "", -0.25),
 ]
 PROMPTS = {
     "plain": "a photo of a cat",
@@ -39,7 +39,7 @@ PROMPTS = {
 
 def recipe(loras=LORAS, checkpoint=CHECKPOINT, seed: int = 7, **fields) -> str:
     request = seams.parse({"prompt": "a cat", "seed": 7, **fields})
-    return seams.write_recipe(request, seed, "sdxl-vae-fp16-fix", checkpoint, loras)
+    return seams.write_recipe(request, seed, "sdxl-vae-fp16-fix", [checkpoint, *loras])
 
 
 def encode(image: Image.Image, text: str, image_format: str) -> bytes:
@@ -94,7 +94,7 @@ def test_recipe_is_a1111s_text():
 
 def test_unknown_parts_are_left_out():
     """No negative prompt, hash, version id or LoRA: no line, field or entry of its own."""
-    bare = recipe([], seams.NamedModel("mine", "mine.safetensors", "", ""), scheduler="Euler a")
+    bare = recipe([], seams.UsedModel("checkpoint", "mine", "mine", "", ""), scheduler="Euler a")
     assert bare.startswith("a cat\nSteps: 24, Sampler: Euler a, CFG scale: 4.5, Seed: 7, Size: 1024x1024, Model: mine")
     for name in ("Negative prompt", "hash", "Civitai resources"):
         assert name not in bare
@@ -112,7 +112,7 @@ def test_sampler_and_schedule_type_give_the_name_back(name):
 
 def test_lora_hashes_are_quoted_as_a1111_reads_them():
     """Unquoted by A1111's rule they are names and hashes, without the commas and colons of a file's name."""
-    loras = [LORAS[0], seams.NamedModel("b", "b,:b.safetensors", "", "ffffffffffff", 1.0)]
+    loras = [LORAS[0], seams.UsedModel("lora", "b", "b,:b", "", "ffffffffffff", 1.0)]
     fields = dict(A1111_FIELD.findall(recipe(loras).splitlines()[-1]))
     assert json.loads(fields["Lora hashes"]) == "detail_tweaker_xl: a1b2c3d4e5f6, bb: ffffffffffff"
 

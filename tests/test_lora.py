@@ -441,7 +441,7 @@ def test_a_kind_is_merged_as_its_formula_says(loaded, shared, tmp_path: Path, ki
     layers = draw_layers(loaded, kind)
     file = write_layers(tmp_path / "one.safetensors", {kohya_name(SOME[n]): parts for n, (parts, _) in layers.items()})
     stack = LoraStack(shared, {"one": file})
-    assert not stack.failed and not stack.warnings["one"]
+    assert not stack.failed and not stack.loras["one"].warnings
     assert changed_tensors(stack) == SOME.keys()
     for scale in (0.8, -1.5):
         stack.apply({"one": scale})
@@ -550,7 +550,7 @@ def test_files_that_lycoris_wrote_do_what_they_do_there(loaded, shared, tmp_path
     names = {name: name.replace("lycoris_", "lycoris_mid_block_", 1) for name in tensors}
     save_file({names[name]: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "one.safetensors")
     stack = LoraStack(shared, {"one": tmp_path / "one.safetensors"})
-    assert not stack.failed and not stack.warnings["one"]
+    assert not stack.failed and not stack.loras["one"].warnings
     inputs = torch.randn(2, 64, 6, 6), torch.randn(2, 64), torch.randn(2, 9, 96)
     with torch.no_grad():
         stack.apply({"one": 1.0})
@@ -610,7 +610,7 @@ def test_every_layer_is_found_under_every_name(loaded, shared, tmp_path: Path, n
             layers[name_of(weight)] = {"diff": torch.full(weight.shape, number).half()}
             truth[f"{part}.{weight.name}"] = tensor_of(loaded, f"{part}.{weight.name}").detach() + number
     stack = LoraStack(shared, {"one": write_layers(tmp_path / "one.safetensors", layers)})
-    assert not stack.failed and not stack.warnings["one"]
+    assert not stack.failed and not stack.loras["one"].warnings
     stack.apply({"one": 1.0})
     assert changed_tensors(stack) == truth.keys()
     assert_same({name: tensor_of(shared, name) for name in truth}, truth)
@@ -644,7 +644,7 @@ def test_both_halves_are_found_under_every_name(loaded, shared, tmp_path: Path, 
     save_file(tensors, tmp_path / "one.safetensors")
     stack = LoraStack(shared, {"one": tmp_path / "one.safetensors"})
     stack.apply({"one": 1.0})
-    assert not stack.failed and not stack.warnings["one"]
+    assert not stack.failed and not stack.loras["one"].warnings
     assert all(distance(tensor_of(shared, name), expected) < 1e-6 for name, expected in truth.items())
     stack.apply({})
 
@@ -711,7 +711,7 @@ def test_layers_that_sdxl_lacks_are_left_out_with_a_warning(loaded, shared, tmp_
     stack.apply({"one": 1.0})
     assert all(distance(tensor_of(shared, name), layers[name][1](1.0)) < 2e-6 for name in SOME)
     assert changed_tensors(stack) == SOME.keys()
-    [warning] = stack.warnings["one"]
+    [warning] = stack.loras["one"].warnings
     assert warning == "3 of its 16 layers are not in SDXL and are left out, such as 'lora_te3_layers_0'"
     stack.apply({})
 
@@ -723,7 +723,7 @@ def test_rank_zero_changes_nothing(loaded, shared, tmp_path: Path) -> None:
     nothing = {"lora_up.weight": torch.ones(rows, 0, 1, 1), "lora_down.weight": torch.ones(0, columns, *kernel)}
     layers = {kohya_name(weight): nothing | {"alpha": torch.tensor(1.0)}}
     stack = LoraStack(shared, {"one": write_layers(tmp_path / "one.safetensors", layers)})
-    assert not stack.failed and not stack.warnings["one"] and not changed_tensors(stack)
+    assert not stack.failed and not stack.loras["one"].warnings and not changed_tensors(stack)
     assert stack.apply({"one": 1.0}) is True
     assert_same(weights_of(shared), weights_of(loaded))
 
@@ -734,9 +734,9 @@ def test_a_bundled_embedding_is_handed_on(shared, tmp_path: Path) -> None:
     good = load_file(write_lora(tmp_path / "one.safetensors"))
     save_file(good | {f"bundle_emb.my style.{k}": v for k, v in vectors.items()}, tmp_path / "one.safetensors")
     stack = LoraStack(shared, {"one": tmp_path / "one.safetensors"})
-    assert not stack.failed and not stack.warnings["one"]
-    assert stack.embeddings["one"].keys() == {"my style"}
-    assert_same(stack.embeddings["one"]["my style"], vectors)
+    assert not stack.failed and not stack.loras["one"].warnings
+    assert stack.loras["one"].embeddings.keys() == {"my style"}
+    assert_same(stack.loras["one"].embeddings["my style"], vectors)
 
 
 CONFIGS = {
@@ -765,7 +765,7 @@ def test_pefts_own_configuration_counts(loaded, bare, tmp_path: Path, kind: str)
     )
     stack = LoraStack(bare, {"one": tmp_path / "one.safetensors"})
     stack.apply({"one": 1.0})
-    assert not stack.failed and not stack.warnings["one"]
+    assert not stack.failed and not stack.loras["one"].warnings
     with torch.no_grad():
         for name, layer in unet.named_modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):

@@ -18,7 +18,7 @@ from world import API_KEY, World, write_bad_lora, write_lora, write_tensors
 import handler
 
 SMALL = {"prompt": "a lighthouse", "width": 256, "height": 256, "steps": 2, "seed": 7, "loras": []}
-FILM, TILT, WORDY, MOOD, BROKEN, GONE = 1001, 1002, 1003, 2001, 3001, 4001
+FILM, TILT, WORDY, COPY, MOOD, BROKEN, GONE = 1001, 1002, 1003, 1004, 2001, 3001, 4001
 STRIPES = {"civitai": FILM, "scale": 0.8}
 
 
@@ -79,15 +79,15 @@ def test_a_lora_by_id_is_fetched_and_drawn_with(server):
     assert np.abs(with_lora - plain).mean() > 1
     assert np.abs(picture(answer(loras=[STRIPES | {"scale": -0.8}])) - with_lora).mean() > 1
     assert np.array_equal(picture(answer()), plain)
-    assert f'"modelVersionId":{FILM}' in recipe(reply) and f"Lora hashes: civitai_{FILM}: " in recipe(reply)
+    assert f'"modelVersionId":{FILM}' in recipe(reply) and f'Lora hashes: "civitai_{FILM}: ' in recipe(reply)
 
 
 def test_a_configured_file_and_one_by_id_draw_the_same(server, world, monkeypatch):
     """What a job names by id is what the same file does in the stack, by its name there too."""
     name = "pony_realism_slider"
     in_stack = picture(answer(loras=[{"name": name, "scale": 2}]))
-    server.files[FILM] = world.files[1253021]
-    assert np.abs(picture(answer(loras=[{"civitai": FILM, "scale": 2}])) - in_stack).max() <= 2
+    server.files[COPY] = world.files[1253021]
+    assert np.abs(picture(answer(loras=[{"civitai": COPY, "scale": 2}])) - in_stack).max() <= 2
     server.clear()
     by_id = answer(loras=[{"civitai": 1253021, "scale": 2}])
     assert by_id["metadata"]["loras"] == [{"name": name, "scale": 2.0}] and server.requests == []
@@ -116,7 +116,7 @@ def test_an_embedding_by_id(server):
     named = answer(prompt="a lighthouse, embedding:gloom", embeddings=[{"civitai": MOOD, "name": "Gloom"}])
     assert np.array_equal(picture(named), used)
     assert np.array_equal(picture(answer(prompt="a lighthouse, badMood")), words)
-    assert "TI hashes: badMood: " in recipe(reply) and f'"modelVersionId":{MOOD}' in recipe(reply)
+    assert 'TI hashes: "badMood: ' in recipe(reply) and f'"modelVersionId":{MOOD}' in recipe(reply)
 
 
 def test_an_embedding_that_a_lora_brings_along(server):
