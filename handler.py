@@ -2342,7 +2342,6 @@ SYNTAX = re.compile(
 PROMPT_EDITING = re.compile(
     r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
 )
-EMBEDDING_PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # tensors -> the models that they are for
 CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
@@ -2380,7 +2379,7 @@ def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Em
                 source = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
         except (OSError, safetensors.SafetensorError) as error:
             raise BadModel("the file is damaged or not a safetensors file") from error
-    widths = {part: getattr(pipe, model).config.hidden_size for part, model in EMBEDDING_PARTS.items()}
+    widths = {"clip_l": pipe.text_encoder.config.hidden_size, "clip_g": pipe.text_encoder_2.config.hidden_size}
     if missing := widths.keys() - source.keys():
         what = "an embedding for Stable Diffusion 1 or 2" if "emb_params" in source else "no embedding for SDXL"
         raise BadModel(f"the file is {what}: it lacks the vectors {' and '.join(sorted(missing))}")
@@ -2893,8 +2892,8 @@ class PromptEncoder:
         self.seen: dict[Hashable, Encoded] = {}  # in host memory, the last used at the end
 
     def encode(self, request: JobRequest, stack: Hashable, embeddings: Mapping[str, Embedding]) -> Conditioning:
-        """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on, embeddings
-        (by their names) are what the prompts may use.
+        """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on, embeddings,
+        by their names, are what the prompts may use.
 
         An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
         """
@@ -2924,8 +2923,8 @@ class PromptEncoder:
     def encode_or_cut(
         self, prompts: Mapping[str, str], warnings: list[str], marks: Mapping, long_prompt: str, *options: Hashable
     ) -> list[Encoded]:
-        """Prompts by what they are; where the batch fails each is tried alone, and where that fails cut to its first
-        75 tokens, with a warning."""
+        """What encode_prompts gives; where the batch fails each prompt is tried alone, and where that fails cut to its
+        first 75 tokens, with a warning. prompts: what each is called -> its text."""
         texts = list(prompts.values())
         try:
             return self.encode_prompts(texts, marks, long_prompt, *options)

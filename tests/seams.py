@@ -309,15 +309,14 @@ quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.s
 def recipe_of(request: handler.JobRequest) -> str:
     """The recipe that a job's first image carries: thousands of jobs without a picture each."""
     config = settings()
-    models = [used_model("checkpoint", config.checkpoint, "0123456789")]
-    models += [used_model("lora", config.stack[n], "a1b2c3d4e5f6", s) for n, s in request.loras.items() if s]
+
+    def used(kind: str, model: dict, short_hash: str, scale: float | None = None) -> handler.UsedModel:
+        stem, version = Path(model["filename"]).stem, handler.version_id(model)
+        return handler.UsedModel(kind, model["name"], stem, version, short_hash, scale)
+
+    models = [used("checkpoint", config.checkpoint, "0123456789")]
+    models += [used("lora", config.stack[name], "a1b2c3d4e5f6", s) for name, s in request.loras.items() if s]
     return handler.write_recipe(request, request.seed, Path(config.vae_model).name, models)
-
-
-def used_model(kind: str, config: dict, short_hash: str, scale: float | None = None) -> handler.UsedModel:
-    """A config's model as a recipe names it."""
-    stem, version = Path(config["filename"]).stem, handler.version_id(config)
-    return handler.UsedModel(kind, config["name"], stem, version, short_hash, scale)
 
 
 # --- images
