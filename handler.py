@@ -2167,13 +2167,13 @@ def merge(targets: list[Target], scales: Mapping[str, float], device: Any) -> No
         if change is None:
             tensor.copy_(original)
         elif device == tensor.device:
-            torch.add(original, change.view_as(original), out=tensor)
+            torch.add(original, change, out=tensor)
         else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
-            tensor.copy_((original + change.view_as(original)).to(tensor.dtype))
+            tensor.copy_((original + change).to(tensor.dtype))
 
 
 def plain_changes(targets: list[Target], scales: Mapping[str, float], device: Any) -> list[Any]:
-    """For each target the sum of its plain shares in float32, (rows, columns), or None without any.
+    """For each target the sum of its plain shares in float32, or None without any.
 
     The factors of all targets are joined, moved and scaled together, and each target takes one product, whatever the
     number of its LoRAs: operator by operator nine LoRAs would be 29,370 small kernels. Those of jobs' LoRAs lie in host
@@ -2196,7 +2196,7 @@ def plain_changes(targets: list[Target], scales: Mapping[str, float], device: An
         downs = downs.split([rank * width for rank, width in zip(ranks, widths, strict=True)])
         for i, rank in enumerate(ranks):
             if rank:
-                change = ups[i].view(rank, -1).T @ downs[i].view(rank, -1)
+                change = (ups[i].view(rank, -1).T @ downs[i].view(rank, -1)).view_as(targets[i].original)
                 changes[i] = change if changes[i] is None else changes[i] + change
     return changes
 
