@@ -1509,9 +1509,13 @@ OTHER_CHECKPOINTS = {
 UNET_KEY = "model.diffusion_model."
 TEXT_ENCODER_KEYS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
-# At 1024² an fp16 SDXL with its activations peaks near 11 GiB; "16 GB" cards report between 14.5 and 16 GiB.
-RESIDENT_GPU_BYTES = int(14.5 * GIB)
-UNTILED_PIXELS = 1_500_000
+# GPU memory, counted on a pretended device of full size (tests/memory.py); live tensors alone, in float16
+DENOISE_BYTES = 320  # a pixel and image, both prompts in one batch
+VAE_BYTES = 1_600  # a pixel, one image after the other; tiles are of 1024 x 1024
+SPARE_BYTES = GIB  # beside what is counted: CUDA's workspaces, and blocks that are not where they are needed
+IMAGE_BYTES = (DENOISE_BYTES + VAE_BYTES) * 1024**2  # what one picture of 1024 x 1024 takes beside the weights
+JOB_BYTES = 6 * GIB  # stays free for jobs beside the LoRAs' originals: four pictures of 2048 x 2048, and SPARE_BYTES
+UNTILED_PIXELS = 1_500_000  # of one picture, on the CPU
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # 70 and 17 of them do nearly all of the UNet's work
 
 
@@ -1555,7 +1559,7 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < RESIDENT_GPU_BYTES:
+            if device == "cuda" and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + IMAGE_BYTES + SPARE_BYTES:
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
                 pipe.to(device)
@@ -1739,7 +1743,8 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
     """Latents (n, 4, h/8, w/8) -> n PIL images. Raises GenerationFailed where one stays black."""
     area = latents[0, 0].numel() * pipe.vae_scale_factor**2
     pixels = through_vae(pipe, "decoding", decode_pixels, latents, area, is_black)
-    pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (n, height, width, 3)
+    # made contiguous before the one copy to the host, which else would go number by number
+    pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (n, h, w, 3)
     return [Image.fromarray(image) for image in pixels]
 
 
@@ -1769,7 +1774,7 @@ def through_vae(
     """
     vae = pipe.vae
     vae.use_slicing = len(batch) > 1
-    vae.enable_tiling(area > UNTILED_PIXELS)
+    choose_tiling(pipe, area)
     result = convert(pipe, batch)
     bad = is_bad(result)
     if bad.any():
@@ -1777,6 +1782,7 @@ def through_vae(
         dtype = vae.dtype
         try:
             vae.to(torch.float32)  # inside: without memory it ends half-way
+            choose_tiling(pipe, area)
             result[bad] = convert(pipe, batch[bad])
         finally:
             vae.to(dtype)  # float16 -> float32 -> float16 loses nothing
@@ -1811,9 +1817,46 @@ def latent_scale(vae: Any, like: Any) -> tuple[Any, Any]:
     return mean, config.scaling_factor / std
 
 
-def free_gpu_bytes() -> int:
-    """What tensors can still take, the blocks that torch keeps for reuse included."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+def choose_tiling(pipe: Any, area: int) -> None:
+    """Whether the VAE works in tiles: where a whole picture of `area` pixels does not fit, since the seams of tiles can
+    be seen, and overlapping they take a third more time."""
+    whole = area <= UNTILED_PIXELS
+    if pipe._execution_device.type == "cuda":
+        whole = VAE_BYTES * area * pipe.vae.dtype.itemsize / 2 + SPARE_BYTES <= free_gpu_bytes(pipe)
+    pipe.vae.enable_tiling(not whole)
+
+
+def weight_bytes(model: Any) -> int:
+    """What the weights of a model or of a whole pipeline take."""
+    models = [model] if isinstance(model, torch.nn.Module) else model.components.values()
+    return sum(w.nbytes for one in models if isinstance(one, torch.nn.Module) for w in one.parameters())
+
+
+def free_gpu_bytes(pipe: Any) -> int:
+    """What a job's tensors can take beside the weights; offloading has one model at a time on the GPU."""
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    on_gpu = pipe.unet.device.type == "cuda" or pipe.vae.device.type == "cuda"
+    return free if on_gpu else free - weight_bytes(pipe.unet)
+
+
+def check_memory(pipe: Any, request: JobRequest) -> None:
+    """Raises OutOfMemory for a job that surely does not fit, before anything is run; what is counted leaves out CUDA's
+    own needs, so that no job is refused that would fit."""
+    if pipe._execution_device.type != "cuda":
+        return
+    last, free = plan_passes(request)[-1], free_gpu_bytes(pipe)
+    pixels = last.width * last.height
+    image_bytes = DENOISE_BYTES * pixels * (1 if request.guidance_scale > 1 else 0.5)
+    if max(image_bytes * request.num_images, VAE_BYTES * min(pixels, 1024**2)) <= free:
+        return
+    most = int(free / image_bytes)
+    side = int(math.sqrt(free / DENOISE_BYTES)) // 8 * 8
+    instead = f"at most {most} images at once" if most else f"at most {side}x{side} pixels"
+    raise OutOfMemory(
+        f"{request.num_images} images of {last.width}x{last.height} need "
+        f"{image_bytes * request.num_images / GIB:.1f} GiB beside the models, and this GPU has {free / GIB:.1f} GiB "
+        f"left: ask for {instead}, or choose a larger GPU"
+    )
 
 
 def is_black(pixels: Any) -> Any:
@@ -1861,7 +1904,6 @@ OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
     r"attn2[._]to_[kv]\S*(down|_A|_b)(\.weight)? \[\d+, 1024\b": "a LoRA for Stable Diffusion 2",
     r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
 }
-JOB_BYTES = 6 * GIB  # stays free on the GPU for the largest jobs, which take 4.9 GiB above the weights
 JOB_LORAS_BYTES = 4 * GIB  # of host memory for the LoRAs of jobs that are not applied now
 MERGED_TOGETHER = 16  # tensors; more take more memory for their joined factors
 
@@ -2293,12 +2335,11 @@ class LoraStack:
             return
         size = sum(target.original.nbytes for target in fresh)
         size += sum(share.size_bytes for t in fresh for name, share in t.shares.items() if name in self.configured)
-        on_gpu = self.pipe.device.type == "cuda" and free_gpu_bytes() - size >= JOB_BYTES
+        on_gpu = self.pipe.device.type == "cuda" and free_gpu_bytes(self.pipe) - size >= JOB_BYTES
         for target in fresh:
             target.settle(on_gpu)
-            if on_gpu:
-                for name in target.shares.keys() & self.configured:
-                    target.shares[name] = target.shares[name].to("cuda")
+        for target, name in [(t, name) for t in fresh if on_gpu for name in t.shares.keys() & self.configured]:
+            target.shares[name] = target.shares[name].to("cuda")
         where = "on the GPU" if on_gpu else "in host memory"
         log.info("LoRA stack: %d more tensors; originals and LoRAs, %.1f GB, %s", len(fresh), size / 1e9, where)
 
@@ -4169,9 +4210,8 @@ def recipe_resources(
             is_word = isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name in prompts
             embeddings[version] = {"civitai": int(version)} | ({"name": name} if is_word else {})
         else:
-            missing.append(
-                " ".join(shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model)
-            )
+            named = [shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model]
+            missing.append(" ".join(named))
     return loras, embeddings, checkpoints, missing
 
 
@@ -4875,7 +4915,7 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
     bucket = job_bucket(job, settings)
     # 2. the models: the engine where the start has not loaded it, and what the job names, beside others' GPU work
     engine, timings = WORKER.engine(), Timings()
-    models = fetch_job_models(engine, request, timings)
+    models = fetch_job_models(engine, request, timings, observer)
     # 3. the GPU's work, one job at a time
     with observer.turn(WORKER.gpu), torch.inference_mode():
         started = time.monotonic()
@@ -4890,9 +4930,9 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
                 free_memory(engine)
             raise failure from None
         loras = dict(engine.stack.applied)
+        metadata = describe(request, engine, models, loras, conditioning)
     # 4. files and links, beside the next job's GPU work
     observer.check()
-    metadata = describe(request, engine, models, loras, conditioning)
     with timings("images", gpu=False):
         used = used_models(engine, models, loras, conditioning.embeddings)
         vae = Path(settings.vae_model).name
@@ -4919,7 +4959,7 @@ class JobModels:
     warnings: list[str] = field(default_factory=list)
 
 
-def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings) -> JobModels:
+def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, observer: Observer) -> JobModels:
     """The LoRAs and embeddings that a job names by their ids, fetched side by side where the store does not have them.
     Raises InvalidInput for a file that cannot be used, DownloadFailed for one that cannot be had."""
     settings, models = engine.settings, JobModels()
@@ -4932,26 +4972,33 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings) -> J
 
     def fetch(kind: str, item: NamedModel) -> tuple[str, Path, Any]:
         """Name, file and content of one."""
-        config = civitai_config(item.version)
-        path = engine.store.fetch_for_job(config, folders[kind])
-        try:
-            if kind == "loras":
-                return item.name, path, engine.stack.loras.get(item.name) or engine.stack.read(path)
-            name = item.name or listed_name(path) or config["name"]
-            return name, path, read_embedding(name, path, engine.pipe)
-        except BadModel as reason:
-            raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path) from reason
+        config, reason = civitai_config(item.version), BadModel()
+        for _ in range(3):
+            path = engine.store.fetch_for_job(config, folders[kind])
+            try:
+                if kind == "loras":
+                    lora = engine.stack.loras.get(item.name) or engine.stack.read(path)
+                    addnet_hash(path)  # for the recipe, while the file is there
+                    return item.name, path, lora
+                name = item.name or listed_name(path) or config["name"]
+                return name, path, read_embedding(name, path, engine.pipe)
+            except BadModel as error:
+                reason = error
+            if path.exists():  # else another job's model has taken its room meanwhile
+                break
+        raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path)
 
     with timings("models", gpu=False):
-        for kind, future in [(one[0], in_background(fetch, *one)) for one in wanted]:
-            try:
-                name, path, content = future.result()
-            except (InvalidInput, DownloadFailed) as error:
-                if kind not in request.optional:
-                    raise
-                models.warnings.append(f"{error}; it was left out")
-                continue
-            getattr(models, kind)[name], models.files[name] = content, path
+        futures = [in_background(fetch, *one) for one in wanted]
+        while wait(futures, timeout=STOP_CHECK_S).not_done:
+            observer.check()
+    for (kind, _), future in zip(wanted, futures, strict=True):
+        error = future.exception()
+        if kind in request.optional and isinstance(error, InvalidInput | DownloadFailed):
+            models.warnings.append(f"{error}; it was left out")
+            continue
+        name, path, content = future.result()
+        models.files[name], getattr(models, kind)[name] = path, content
     return models
 
 
@@ -4960,6 +5007,7 @@ def generate(
 ) -> tuple[list[Any], Conditioning]:
     """Stack, prompts, latents, pixels: everything of a job that needs the GPU."""
     pipe, stack = engine.pipe, engine.stack
+    check_memory(pipe, request)
     with timings("loras"):
         for adapter, lora in models.loras.items():
             stack.add(adapter, lora)
