@@ -4896,7 +4896,8 @@ def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
         return answer_job(job, job_id, observer)
     except Exception as error:  # noqa: BLE001 - the edge of a job: any failure becomes an answer
         failure = worker_error(error, job_id)
-    log.error("job %s: %s: %s%s", job_id, failure.code, failure, failure.detail)
+    level = logging.INFO if isinstance(failure, Stopped) else logging.ERROR
+    log.log(level, "job %s: %s: %s%s", job_id, failure.code, failure, failure.detail)
     return failure_answer(failure)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,6 +300,18 @@ def progress(**fields: Any) -> list[tuple[int, int]]:
     observer.step = lambda step, steps: seen.append((step, steps))
     handler.run_job({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
     return seen
+
+
+def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
+    """What becomes of a job that RunPod stops so long after its start: no answer of the kind leaves the worker."""
+    end = time.monotonic() + after_s
+
+    class Stopping(handler.Observer):
+        def check(self) -> None:
+            if time.monotonic() > end:
+                raise handler.Stopped("stopped")
+
+    return handler.run_job(job, Stopping())
 
 
 # --- recipes

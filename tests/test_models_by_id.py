@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import seams
-from civitai_server import CivitaiServer
+from civitai_server import CivitaiServer, Fault
 from PIL import Image
 from world import API_KEY, World, write_bad_lora, write_lora, write_tensors
 
@@ -173,6 +174,27 @@ def test_models_are_fetched_while_another_job_has_the_gpu(server):
         assert not done.is_set()
     thread.join()
     assert done.is_set()
+
+
+def test_host_memory_for_jobs_loras_is_bounded(server, monkeypatch):
+    """What does not fit is forgotten, the least recently used first, and read again from its file for the next job."""
+    seams.set(monkeypatch, JOB_LORAS_BYTES=1)
+    first = picture(answer(loras=[STRIPES]))
+    picture(answer(loras=[{"civitai": TILT}]))
+    held = seams.engine().stack.loras
+    assert f"civitai_{FILM}" not in held and f"civitai_{TILT}" in held
+    server.clear()
+    assert np.array_equal(picture(answer(loras=[STRIPES])), first) and server.requests == []
+
+
+def test_a_stopped_job_does_not_wait_for_its_models(server):
+    """A job that is stopped while it fetches ends at once; the next job finds all in order."""
+    answer()
+    server.faults[TILT] = [Fault("cdn", delay_s=20)]
+    started = time.monotonic()
+    reply = seams.run_and_stop({"id": "test", "input": SMALL | {"loras": [{"civitai": TILT}]}}, after_s=0.5)
+    assert reply["code"] == "STOPPED" and time.monotonic() - started < 15
+    assert "error" not in answer()
 
 
 @pytest.mark.parametrize(
