@@ -4,14 +4,18 @@
     python tests/benchmarks/gpu.py --small    anywhere, in half a minute: so that this file cannot rot
 
 A random SDXL is built on the device; it takes as long as a trained one. Every way runs whole jobs through
-handler.handler, each with a long prompt that was not seen before. Then two threads keep the worker busy, as RunPod's
-loop does: what a job takes then beyond its own GPU work is what PNG, base64 and JSON cost in truth.
+handler.handler, each with a long prompt that was not seen before. Then a hires job, changes of the stack, one picture
+on the CPU and on the GPU, and two threads that keep the worker busy, as RunPod's loop does: what a job takes then
+beyond its own GPU work is what PNG, base64 and JSON cost in truth. Cold starts: coldstart.py; memory by count, to hold
+the peaks against: tests/memory.py; noise and samplers on the host: sampling.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import gc
+import io
 import os
 import statistics
 import sys
@@ -19,17 +23,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
 import seams  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 from world import PREFIXES, SCHEDULER, Lora, configs, write_configuration, write_lora  # noqa: E402
 
 import handler  # noqa: E402
@@ -92,7 +99,7 @@ class Adapters:
 
     def __init__(self, pipe: Any, files: dict[str, Path], scales: dict[str, float]) -> None:
         self.failed: dict[str, str] = {}
-        self.warnings: dict[str, list[str]] = {name: [] for name in files}
+        self.loras = {name: SimpleNamespace(warnings=[], embeddings={}) for name in files}
         self.applied = scales
         for name, file in files.items():
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
@@ -150,12 +157,12 @@ def synchronize() -> None:
 PROMPTS = iter(range(10**9))
 
 
-def run_job(scale: Scale, batch: int, scales: dict[str, float]) -> dict[str, Any]:
+def run_job(scale: Scale, batch: int, scales: dict[str, float], **fields: Any) -> dict[str, Any]:
     """One job with a prompt of several chunks that no job had before."""
     words = ", ".join(f"detail {n} of picture {next(PROMPTS)}" for n in range(24))
     job = {"prompt": f"a photo of a cat, {words}", "negative_prompt": "blurry, " * 12, "seed": 1, "num_images": batch}
     loras = [{"name": name, "scale": scale} for name, scale in scales.items()]
-    answer = handler.handler({"id": "benchmark", "input": {**scale.job, **job, "loras": loras}})
+    answer = handler.handler({"id": "benchmark", "input": {**scale.job, **job, **fields, "loras": loras}})
     assert "error" not in answer, answer
     assert len(answer["images"]) == batch and answer["metadata"]["prompt_chunks"] > 1
     return answer
@@ -202,6 +209,33 @@ def measure_all(scale: Scale, pipe: Any, files: dict[str, Path], compiled: bool)
         _, compile_s = seconds(lambda: seams.compile_unet(pipe, backend))
         print(f"  torch.compile: {compile_s:.0f} s", file=sys.stderr, flush=True)
         yield from measure(scale, "worker, compiled", cold_s, scale.scales)
+
+
+def measure_extras(scale: Scale) -> str:
+    """A job with hires, changes of the stack there and back, and the same picture on the CPU and on the device."""
+    hires, hires_s = seconds(lambda: run_job(scale, 1, scale.scales, hires={"scale": 1.5, "strength": 0.5}))
+    stack, changes = seams.engine().stack, []
+    for _ in range(scale.runs):
+        for factor in (0.5, 1):
+            scales = {name: factor * value for name, value in scale.scales.items()}
+            changes.append(seconds(lambda scales=scales: stack.apply(scales))[1])
+    pictures = []
+    for device in ("cpu", scale.device):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            small = replace(scale, size="tiny", device="cpu", dtype=torch.float32)
+            before = seams.serve(seams.engine_around(build_pipe(small, Path(folder)).to(device), {}))
+            job = {"prompt": "a photo of a cat", "width": 512, "height": 512, "steps": 8, "seed": 1, "loras": []}
+            image = handler.handler({"id": "benchmark", "input": job})["images"][0]
+            pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(image))), dtype=int))
+            seams.serve(before)
+    apart = np.abs(pictures[0] - pictures[1])
+    return (
+        f"hires by 1.5, one image: {hires_s:.2f} s, {hires['metadata']['timings']}\n"
+        f"a change of the whole stack: {statistics.median(changes):.3f} s\n"
+        f"one seed on the CPU and on {scale.device}, a tiny model in float32: pixels differ by {apart.max()} of 255 at "
+        f"most, by {apart.mean():.4f} on average"
+    )
 
 
 def measure_busy(scale: Scale, jobs: int) -> tuple[float, float]:
@@ -279,6 +313,7 @@ def main() -> None:
         files = write_loras(scale, Path(folder, "loras"))
         results = list(measure_all(scale, pipe, files, compiled))
         print(table(scale, results))
+        print(measure_extras(scale))
         job_s, outside = measure_busy(scale, 4 * scale.runs)
     print(f"kept busy, the last way takes {job_s:.2f} s a job; {100 * outside:.1f} % of it is not GPU work")
 
