@@ -1558,7 +1558,10 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            if device == "cuda" and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES:
+            if (
+                device == "cuda"
+                and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
+            ):
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
                 pipe.to(device)
