@@ -55,7 +55,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
@@ -557,7 +557,10 @@ def download_file(url: str, filepath: Path) -> None:
     Raises DownloadError; filepath never holds a partial or wrong file.
     """
     store, path = Store(Settings.from_environ()), Path(filepath)
-    store.ensure(Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent), again=True)
+    download = Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent)
+    with suppress(OSError):  # there is none, or the store cannot be used, which ensure says
+        download.outdated = path.stat().st_ino
+    store.ensure(download)
 
 
 class Store:
@@ -582,13 +585,12 @@ class Store:
         self.configured = [Download(self, config, folder) for config, folder in folders]
         self.downloads: list[Download] = []  # that share the space
 
-    def ensure(self, download: Download, again: bool = False) -> Path:
-        """The path of a download's file, fetched where it is not in place, or `again`; for many threads at once.
-        Raises DownloadError; of a job's file what admit raises, too."""
+    def ensure(self, download: Download) -> Path:
+        """Download.ensure with its progress; for many threads at once."""
         self.downloads.append(download)
         try:
             with progress([download]):
-                return download.ensure(again)
+                return download.ensure()
         finally:
             self.downloads.remove(download)
 
@@ -630,7 +632,7 @@ class Store:
         kind: its model's type at Civitai, "" where unknown. Raises InvalidInput for another kind than its folder holds
         and for a file that is larger than a job's may be, DownloadFailed where its size is unknown or there is no room.
         """
-        path, size, limit = download.path, download.size, self.settings.job_models_bytes
+        path, size, limit = download.path, download.source.size, self.settings.job_models_bytes
         wanted = ("LORA", "LoCon", "DoRA") if path.parent == self.settings.lora_dir else ("TextualInversion",)
         if kind not in ("", "Other", *wanted):
             raise InvalidInput(f"{download} must be a {' or '.join(wanted)}, but Civitai lists it as {kind}")
@@ -680,7 +682,7 @@ class Store:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
         volumes: dict[int, tuple[Path, list[Download]]] = {}
         for download in self.downloads:
-            if download.size < math.inf and not download.fetched:
+            if download.source.size < math.inf and not download.fetched:
                 folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
                 volumes.setdefault(folder.stat().st_dev, (folder, []))[1].append(download)
         for folder, (first, *others) in volumes.values():
@@ -1026,10 +1028,10 @@ class StoreLock:
 
     def __init__(self, path: Path) -> None:
         self.file, self.owner = beside(path, "lock"), f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.waited, self.released = False, threading.Event()
+        self.released = threading.Event()
 
     def __enter__(self) -> StoreLock:
-        seen, since = "", time.monotonic()
+        seen, since = None, time.monotonic()
         while True:
             with suppress(FileExistsError):
                 descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -1037,16 +1039,15 @@ class StoreLock:
                 in_background(self.beat, descriptor)
                 return self
             beat = self.read()
-            if beat != seen:
-                seen, since = beat, time.monotonic()
-            if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
+            if is_gone(beat) or (beat == seen and time.monotonic() - since > LOCK_DEAD_S):
                 log.warning("%s: the worker that was fetching the file is gone; taking over", self.file.name)
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
-            if not self.waited:
+            if seen is None:
                 log.info("%s: another worker is fetching it; waiting", self.file.name)
-            self.waited = True
+            if beat != seen:
+                seen, since = beat, time.monotonic()
             time.sleep(LOCK_POLL_S)
 
     def __exit__(self, *_: object) -> None:
@@ -1192,10 +1193,10 @@ class Part:
 class Source:
     """Where a file's bytes come from, as the server describes it."""
 
-    link: str
-    size: float  # bytes; inf where the server does not tell
-    tag: str
-    whole: Any  # the open response with the whole file, where the server has no ranges
+    link: str = ""  # "": nobody has asked yet
+    size: float = math.inf  # bytes; inf where the server does not tell
+    tag: str = ""
+    whole: Any = None  # the open response with the whole file, where the server has no ranges
 
 
 class Download:
@@ -1209,10 +1210,11 @@ class Download:
         self.url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: store.base_url, config["url"])
         self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
         self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
-        self.source: Source | None = None
-        self.size, self.part, self.fetched = math.inf, None, False
+        self.source, self.renewing = Source(), threading.Lock()
+        self.part: Part | None = None  # of the last try
+        self.fetched = False
+        self.outdated = 0  # the inode of a file that is to be replaced, whatever it is
         self.patience_s, self.of_job = PATIENCE_S, False  # of_job: no configuration but a job asks for it
-        self.progressed(math.inf)
 
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
@@ -1223,13 +1225,16 @@ class Download:
         if not self.of_job:  # it is no job's file any more, which would go for the next
             with suppress(OSError):
                 beside(self.path, "job").unlink()
-        if not self.path.exists():
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
             return "is missing"
+        if stat.st_ino == self.outdated:
+            return "is to be replaced"
         recorded, listed, untouched = read_record(self.path)
         expected = self.sha256 or recorded
         if untouched and recorded == expected:
             return ""
-        stat = self.path.stat()
         if problem := content_problem(self.path, self.path.name):
             return problem
         if expected:
@@ -1242,7 +1247,7 @@ class Download:
 
     def needs(self) -> float:
         """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
-        needed = self.size
+        needed = self.source.size
         for file in (self.path, *left_of(self.path)):
             with suppress(FileNotFoundError):
                 needed -= file.stat().st_blocks * 512
@@ -1250,49 +1255,47 @@ class Download:
 
     def look(self) -> None:
         """Asks for the size of a file that is not in place. What is raised here will be so again at ensure."""
-        self.source = self.ask() if self.problem() else None
+        if self.problem():
+            self.source = self.ask()
 
-    def ensure(self, again: bool = False) -> Path:
-        """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError; of a job's file
-        what Store.admit raises, too."""
+    def ensure(self) -> Path:
+        """The path of the file, fetched where it is not in place. Raises DownloadError; of a job's file what
+        Store.admit raises, too."""
         with disk_errors(self):
-            while not self.fetched and (again or self.problem()):
-                again = self.take_turn(again)
+            while not self.fetched and self.problem():
+                self.take_turn()
             if not self.fetched:  # what was fetched is in the page cache
                 read_ahead(self.path, self.store.readers)
         return self.path
 
-    def take_turn(self, again: bool) -> bool:
-        """Fetches the file with patience, unless another worker has done so while this one waited; whether it is to be
-        `again`. What comes and fails its checks is thrown away and fetched once more, then refused."""
+    def take_turn(self) -> None:
+        """Fetches the file with patience, unless another worker has done so while this one waited. What comes and fails
+        its checks is thrown away and fetched once more, then refused."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            again, refused = again and not lock.waited, 0
-            problem = "" if again else self.problem()
-            if problem and self.path.exists():
+            if self.path.exists() and not self.outdated and (problem := self.problem()):
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
             self.progressed(math.inf)
-            while (again or problem) and not self.fetched and refused < 2:
+            refused = False
+            while not self.fetched and self.problem():
                 try:
                     self.fetch(lock)
                 except Fault as fault:
                     time.sleep(self.bear(fault))
                 except WrongFile as wrong:
                     log.warning("%s: what came %s", self, wrong)
-                    refused, reason = refused + 1, str(wrong)
+                    if refused and self.problem():  # where locks do nothing, another worker may have brought it
+                        raise DownloadError(f"{self} was refused: what came {wrong}, twice") from wrong
+                    refused = True
                     self.progressed(math.inf)
-                    problem = self.problem()  # none where locks do nothing and another worker has brought it meanwhile
                 except FileNotFoundError:  # where locks do nothing, others publish or delete our part
                     log.warning("%s: another worker has taken it over", self)
                     time.sleep(LOCK_POLL_S)
                     break
-            if refused == 2 and (again or problem):
-                raise DownloadError(f"{self} was refused: what came {reason}, twice")
             if not self.fetched and not self.problem():  # by another worker: our part is in vain
                 for file in left_of(self.path):
                     file.unlink(missing_ok=True)
-        return again
 
     def progressed(self, left: float) -> None:
         """Bytes came, and so many are left to come: faults count from here again."""
@@ -1314,8 +1317,9 @@ class Download:
         worker has taken it over, and what check_space and admit raise."""
         started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
-        source = self.source if self.source and not self.part and not self.source.whole else self.ask()
-        self.source = source
+        if self.part or self.source.whole or not self.source.link:  # what look has learnt serves once
+            self.source = self.ask()
+        source = self.source
         listed = Listed() if self.sha256 else self.look_up(source.size)
         expected = self.sha256 or listed.sha256
         told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
@@ -1348,14 +1352,12 @@ class Download:
         self.check_status(response)
         if response.status_code == 200:
             length = response.headers.get("content-length")
-            self.size, whole = int(length) if length else math.inf, response
-        else:
-            found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
-            response.close()
-            if not found:
-                raise Fault("the server described a range wrongly", FEW_TRIES)
-            self.size, whole = int(found[1]), None
-        return Source(response.url, self.size, tag_of(response), whole)
+            return Source(response.url, int(length) if length else math.inf, tag_of(response), response)
+        response.close()
+        found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
+        if not found:
+            raise Fault("the server described a range wrongly", FEW_TRIES)
+        return Source(response.url, int(found[1]), tag_of(response))
 
     def check_status(self, response: Any) -> None:
         """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
@@ -1412,21 +1414,14 @@ class Download:
             raise Fault("the server ended the file early")
 
     def fetch_ranges(self, part: Part) -> None:
-        """The missing segments over many connections. One that fails ends and another takes its place, after a wait
-        and with a new link, unless others that failed before have brought about that."""
-        running: set[Future] = set()
-        starting = min(len(part.todo), MANY)
-        while starting or running:
-            running |= {in_background(self.fetch_runs, part) for _ in range(starting)}
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            failed = [end for future in done if (end := future.result())]
-            starting = len(failed)
-            for fault, source in failed:
-                if source is self.source:
-                    self.renew(part, fault)
+        """The missing segments over many connections, up to the first error that no new link cures."""
+        connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
+        for ended in wait(connections, return_when=FIRST_EXCEPTION).done:
+            ended.result()
 
-    def fetch_runs(self, part: Part) -> tuple[Fault, Source] | None:
-        """Fetches runs of segments over one connection as long as there are any, or up to a fault, which it returns."""
+    def fetch_runs(self, part: Part) -> None:
+        """Fetches runs of segments over one connection as long as there are any; after a fault over another, by a new
+        link."""
         while not part.ended.is_set() and (run := part.take()):
             try:
                 with self.store.connections:
@@ -1437,8 +1432,7 @@ class Download:
                     part.todo.extendleft(reversed(run))
                 if source is self.source:
                     self.store.connections.halve(began)
-                return fault, source
-        return None
+                self.renew(part, source, fault)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
         """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
@@ -1471,21 +1465,22 @@ class Download:
                 self.progressed(left)
         return at
 
-    def renew(self, part: Part, fault: Fault | None) -> None:
-        """Waits after a fault and asks for a new link, until there is one. Raises WrongFile where it leads to another
-        file."""
-        while fault and not part.ended.is_set():
-            part.ended.wait(self.bear(fault))
-            try:
-                source, fault = self.ask(), None
-            except Fault as again:
-                fault = again
-                continue
-            if source.whole:
-                raise Fault("the server has stopped serving ranges")
-            if (source.size, source.tag) != (self.source.size, self.source.tag):
-                raise WrongFile("has changed in mid-download")
-            self.source = source
+    def renew(self, part: Part, source: Source, fault: Fault) -> None:
+        """Waits after a fault and asks for a new link, until there is one, be it by another connection that failed.
+        Raises WrongFile where it leads to another file."""
+        with self.renewing:
+            while self.source is source and not part.ended.is_set():
+                part.ended.wait(self.bear(fault))
+                try:
+                    found = self.ask()
+                except Fault as again:
+                    fault = again
+                    continue
+                if found.whole:
+                    raise Fault("the server has stopped serving ranges")
+                if (found.size, found.tag) != (source.size, source.tag):
+                    raise WrongFile("has changed in mid-download")
+                self.source = found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -568,6 +568,14 @@ def test_lock_that_was_lost(server, tmp_path, hurry):
     assert fetching.result(30).stat().st_ino == inode
 
 
+def test_dead_lock_of_a_file_to_be_replaced(server, tmp_path, hurry):
+    """download_file that waits for a worker which turns out to be dead still replaces the file in place."""
+    path = write_model(tmp_path / "detail.safetensors", MIB)
+    make_lock(tmp_path)
+    handler.download_file(civitai_url(135867), path)
+    assert path.read_bytes() == server.files[135867].read_bytes()
+
+
 def test_lock_of_a_gone_process(server, tmp_path):
     """A lock of a process of this machine that has ended is taken over at once."""
     ended = subprocess.Popen(["true"])
