@@ -478,16 +478,14 @@ def gpu_is_lost() -> bool:
 # store
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
-SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
-FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
-CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0  # STALL_S is also what a block may take
+SEGMENT, BLOCK = MIB, MIB // 4  # bytes that a mark stands for; bytes a read
+FEW, MANY = 8, 24  # connections of all files: at first; where they are slow
+STALL_S, LISTING_S = 30.0, 5.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
 PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
-SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
-IN_USE_S = 120.0  # for which another worker may be reading a job's file: jobs read theirs into memory at once
-REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
+REPORT_S, HASH_BYTES, HEADER_BYTES = 5.0, 16 * MIB, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
@@ -512,7 +510,7 @@ def fetch_models(settings: Settings) -> ModelFiles:
     store = Store(settings)
     store.sweep()
     store.downloads = [*store.configured]
-    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
+    wait([in_background(download.look) for download in store.downloads], timeout=10)  # seconds
     with disk_errors(store.downloads[0]):
         store.check_space()
     checkpoint, *others = [in_background(download.ensure) for download in store.downloads]
@@ -598,24 +596,23 @@ class Store:
         """The path of a model that a job names by its version id, fetched where it is not in place; for many threads
         at once. It is to be read at once: the file goes when another job's needs its room.
 
-        config: civitai_config(version). folder: settings.lora_dir or settings.embedding_dir, which tells what the model
-        must be. Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be
-        had; the worker stays usable.
+        config: civitai_config(version). folder: the LoRAs' or the embeddings', which tells what the model must be.
+        Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be had.
         """
         for known in LORA_CONFIGS:  # whose file has a name of its own
             if version_id(known) == version_id(config) and (folder / known["filename"]).exists():
                 config = known
         download = Download(self, config, folder)
+        download.patience_s = JOB_PATIENCE_S
         with self.making_room:
             file = JobFile.read(download.path)
-            configured = download.path in {one.path for one in self.configured}
-            configured |= not file and download.path.exists()  # by another endpoint that shares the store
-            if not configured and not self.settings.job_models_bytes:
+            by_another_endpoint = not file and download.path.exists()  # one that shares the store has configured it
+            download.of_job = not by_another_endpoint and all(download.path != one.path for one in self.configured)
+            if download.of_job and not self.settings.job_models_bytes:
                 raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
             if file:  # note the use, but make no new mark: a start that configures the file deletes it
                 with suppress(OSError), beside(download.path, "job").open("r+") as mark:
                     mark.write(f"{self.user} {file.size}\n")
-        download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
         try:
             with disk_errors(download):
                 in_place = not download.problem()
@@ -626,11 +623,11 @@ class Store:
             raise failure from error
 
     def admit(self, download: Download, kind: str) -> None:
-        """Makes room for a job's file among those that jobs have brought: the least recently used go, but for those
-        that another worker fetches or may be reading. Its mark keeps the room from now on.
+        """Makes room for a job's file, which its mark keeps from now on: the least recently used of those that jobs
+        have brought go. Raises InvalidInput for another kind than its folder holds and for a file that is too large,
+        DownloadFailed where its size is unknown or there is no room.
 
-        kind: its model's type at Civitai, "" where unknown. Raises InvalidInput for another kind than its folder holds
-        and for a file that is larger than a job's may be, DownloadFailed where its size is unknown or there is no room.
+        kind: its model's type at Civitai, "" where unknown.
         """
         path, size, limit = download.path, download.source.size, self.settings.job_models_bytes
         wanted = ("LORA", "LoCon", "DoRA") if path.parent == self.settings.lora_dir else ("TextualInversion",)
@@ -646,8 +643,7 @@ class Store:
         with self.making_room:
             write_whole(path, "job", f"{self.user} {size}\n")
             now = beside(path, "job").stat().st_mtime  # by the file server's clock
-            folders = {self.settings.lora_dir, self.settings.embedding_dir}
-            marks = chain(*(folder.glob(".*.job") for folder in folders))
+            marks = chain(*(one.glob(".*.job") for one in {self.settings.lora_dir, self.settings.embedding_dir}))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
             idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, now))
             excess = sum(file.size for file in files) - limit
@@ -674,7 +670,7 @@ class Store:
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
-                if silent_s > SILENT_S or is_gone(StoreLock(path).read()):
+                if silent_s > 24 * 3600 or is_gone(StoreLock(path).read()):
                     file.unlink()  # the lock, which says who the worker was, is the last in order
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
@@ -697,7 +693,7 @@ class Store:
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
         Civitai's origin alone. Raises Fault."""
-        options = {"allow_redirects": False, "stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        options = {"allow_redirects": False, "stream": True, "timeout": (10, stall_s or STALL_S)}  # seconds
         for _ in range(6):
             with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
@@ -765,12 +761,11 @@ def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
     ended, terminal = threading.Event(), sys.stderr if sys.stderr.isatty() else None
     options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
-    if not terminal:
-        options["bar_format"] = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+    line = None if terminal else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
 
     def report() -> None:
         next_line = time.monotonic() + REPORT_S
-        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), **options) as bar:
+        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), bar_format=line, **options) as bar:
             while not ended.wait(0.1):
                 parts = [download.part for download in downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
@@ -787,11 +782,11 @@ def progress(downloads: list[Download]) -> Iterator[None]:
 
 
 def read_ahead(path: Path, readers: Places) -> None:
-    """Brings a file into the page cache by large reads, two at a time; up to eight where they are slow.
+    """Brings a file into the page cache by large reads, which nobody waits for: two at a time, up to eight where every
+    read waits for a server. Two fill a local disk, where more would keep the imports from it.
 
-    from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
-    worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
-    disk, where more would keep the imports from it. Nobody waits for this: mapped pages come no later for it.
+    from_single_file maps the file: page by page it comes five times as slowly from a cold local disk, and far worse
+    from a network volume.
     """
     offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
@@ -836,14 +831,13 @@ def write_whole(path: Path, kind: str, text: str) -> None:
 
 
 def read_record(path: Path) -> tuple[str | None, str, bool]:
-    """The recorded hash of a file, if any, its name at Civitai, "" where unknown, and whether it is untouched since.
-    The times are both the file server's, so its clock does not matter."""
-    try:
+    """A file's recorded hash, if any, its name at Civitai, "" where unknown, and whether it is untouched since: both
+    times are the file server's."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that can be read
         stat, record = path.stat(), json.loads(beside(path, "json").read_bytes())
         untouched = (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
         return record["sha256"], str(record.get("name", "")), untouched
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that can be read
-        return None, "", False
+    return None, "", False
 
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None, name: str = "") -> None:
@@ -860,8 +854,7 @@ def recorded_sha256(path: Path) -> str | None:
 
 
 def listed_name(path: Path) -> str:
-    """The stem of the name that a fetched file has at Civitai, as a word of a prompt: "negativeXL_D"; "" where it is
-    unknown."""
+    """The stem of a fetched file's name at Civitai, as a word of a prompt: "negativeXL_D"; "" where it is unknown."""
     return re.sub(r"[^\w.-]+", "_", Path(read_record(path)[1]).stem)[:100]
 
 
@@ -885,12 +878,13 @@ class JobFile:
         return None
 
     def is_idle(self, user: str, now: float) -> bool:
-        """Whether no worker fetches it, and none but the user's may be reading it; now: by the file server's clock."""
+        """Whether no worker fetches it, and none but the user's may be reading it: jobs read theirs at once, so two
+        minutes are enough. now: by the file server's clock."""
         lock = StoreLock(self.path)
         with suppress(FileNotFoundError):
             if now - lock.file.stat().st_mtime < LOCK_DEAD_S and not is_gone(lock.read()):
                 return False
-        return self.user == user or is_gone(self.user) or now - self.used > IN_USE_S
+        return self.user == user or is_gone(self.user) or now - self.used > 120
 
     def delete(self) -> None:
         """Its mark goes last: a file without one counts as configured."""
@@ -976,8 +970,8 @@ def disk_errors(what: object) -> Iterator[None]:
 
 
 def read_body(response: Any, size: int, seconds: float) -> bytes:
-    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also where they take longer: a body that
-    drips for ever makes no pause that a timeout sees."""
+    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also for a body that drips for longer,
+    without a pause that a timeout sees."""
     blocks, deadline = [], time.monotonic() + seconds
     read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
     with network_faults():
@@ -1031,7 +1025,7 @@ class StoreLock:
         self.released = threading.Event()
 
     def __enter__(self) -> StoreLock:
-        seen, since = None, time.monotonic()
+        seen, since = "", time.monotonic()
         while True:
             with suppress(FileExistsError):
                 descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -1044,7 +1038,7 @@ class StoreLock:
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
-            if seen is None:
+            if not seen:
                 log.info("%s: another worker is fetching it; waiting", self.file.name)
             if beat != seen:
                 seen, since = beat, time.monotonic()
@@ -1086,8 +1080,8 @@ class Part:
     """
 
     def __init__(self, path: Path, size: float, identity: str, hashed: bool) -> None:
-        """hashed: whether a hash will find lost writes in the end; else bytes of another machine, or of before this one
-        crashed, do not count."""
+        """hashed: whether a hash will find lost writes; else bytes of another machine, or from before this one's crash,
+        do not count."""
         self.path, self.size, self.hashed = path, size, hashed
         self.data, self.journal = (beside(path, f"{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
@@ -1121,8 +1115,8 @@ class Part:
                 file.unlink(missing_ok=True)
 
     def check_ours(self) -> None:
-        """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: what
-        we wrote from here on would go into its file, and what we checked would be another's."""
+        """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: we
+        would write into its file, or check another's."""
         if not os.path.samestat(os.fstat(self.bytes.fileno()), self.data.stat()):
             raise FileNotFoundError(self.data)
 
@@ -1134,7 +1128,7 @@ class Part:
         """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
         self.check_ours()
         with self.lock:
-            longest = min(max(len(self.todo) // (2 * MANY), 1), LONGEST_RUN)
+            longest = min(max(len(self.todo) // (2 * MANY), 1), 32)
             run: deque[int] = deque()
             while self.todo and len(run) < longest and (not run or self.todo[0] == run[-1] + 1):
                 run.append(self.todo.popleft())
@@ -1158,22 +1152,21 @@ class Part:
                     self.ended.set()
 
     def sha256(self) -> str:
-        """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
-        it later: reading would copy every byte once more."""
+        """The hash of the whole file, made behind the front of what has come. Of mapped pages: reading would copy every
+        byte once more."""
         digest, at, front = hashlib.sha256(), 0, 0
         while at < self.size:
             given_up = self.ended.is_set()
             while front in self.done:
                 front += 1
-            end = min(front * SEGMENT, self.size, at + HASH_BYTES)
-            if end == at and given_up:
+            if (end := min(front * SEGMENT, self.size, at + HASH_BYTES)) > at:
+                with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
+                    digest.update(pages)
+                at = end
+            elif given_up:
                 break
-            if end == at:
-                time.sleep(HASH_POLL_S)
-                continue
-            with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
-                digest.update(pages)
-            at = end
+            else:
+                time.sleep(0.01)
         return digest.hexdigest()
 
     def publish(self, sha256: str, name: str) -> None:
@@ -1351,8 +1344,8 @@ class Download:
         response = self.store.get(self.url, "0-0")
         self.check_status(response)
         if response.status_code == 200:
-            length = response.headers.get("content-length")
-            return Source(response.url, int(length) if length else math.inf, tag_of(response), response)
+            length = response.headers.get("content-length", "")
+            return Source(response.url, int(length) if length.isdecimal() else math.inf, tag_of(response), response)
         response.close()
         found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
         if not found:
@@ -1380,15 +1373,13 @@ class Download:
 
     def look_up(self, size: float) -> Listed:
         """What Civitai's listing tells of the file of `size` bytes; nothing where it cannot be had."""
-        why = ""
         for _ in range(2 if self.version else 0):
             try:
                 url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
                 with self.store.get(url, stall_s=LISTING_S) as response:
-                    refusal = "" if response.status_code == 200 else self.store.said_by_civitai(response)
+                    if response.status_code != 200:
+                        raise Fault(f"it answered {response.status_code}{self.store.said_by_civitai(response)}")
                     body = read_body(response, 16 * MIB, LISTING_S)
-                if response.status_code != 200:
-                    raise Fault(f"it answered {response.status_code}{refusal}")
                 return Listed.of(json.loads(body), size, urlsplit(self.url).query)
             except Fault as fault:
                 why = str(fault)
@@ -1420,8 +1411,7 @@ class Download:
             ended.result()
 
     def fetch_runs(self, part: Part) -> None:
-        """Fetches runs of segments over one connection as long as there are any; after a fault over another, by a new
-        link."""
+        """Fetches runs of segments as long as there are any; after a fault by a new link."""
         while not part.ended.is_set() and (run := part.take()):
             try:
                 with self.store.connections:
@@ -1452,7 +1442,7 @@ class Download:
                 # Civitai's CDN caps each connection far below what a line carries, and then all are needed; where they
                 # are fast, those beyond a few cost CPU alone
                 seconds = time.monotonic() - began
-                self.store.connections.grow(MANY if seconds > JUDGED_S and (at - start) / seconds < FAST else FEW)
+                self.store.connections.grow(MANY if seconds > 0.2 and (at - start) / seconds < 16 * MB else FEW)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
