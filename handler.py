@@ -623,9 +623,9 @@ class Store:
             raise failure from error
 
     def admit(self, download: Download, kind: str) -> None:
-        """Makes room for a job's file, which its mark keeps from now on: the least recently used of those that jobs
-        have brought go. Raises InvalidInput for another kind than its folder holds and for a file that is too large,
-        DownloadFailed where its size is unknown or there is no room.
+        """Makes room for a job's file, which its mark keeps from now on: of the idle ones that jobs have brought the
+        least recently used go. Raises InvalidInput for another kind than its folder holds and for a file that is too
+        large, DownloadFailed where its size is unknown or there is no room.
 
         kind: its model's type at Civitai, "" where unknown.
         """
@@ -676,13 +676,19 @@ class Store:
 
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
-        volumes: dict[int, tuple[Path, list[Download]]] = {}
+        volumes: dict[int, tuple[Path, dict[Download, float]]] = {}
         for download in self.downloads:
-            if download.source.size < math.inf and not download.fetched:
-                folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
-                volumes.setdefault(folder.stat().st_dev, (folder, []))[1].append(download)
-        for folder, (first, *others) in volumes.values():
-            volume, needed = os.statvfs(folder), sum(download.needs() for download in (first, *others))
+            if download.source.size == math.inf or download.fetched:
+                continue
+            missing = download.source.size
+            for file in (download.path, *left_of(download.path)):  # parts are resumed or deleted, a file is replaced
+                with suppress(FileNotFoundError):
+                    missing -= file.stat().st_blocks * 512
+            folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
+            volumes.setdefault(folder.stat().st_dev, (folder, {}))[1][download] = max(0, missing)
+        for folder, missing_bytes in volumes.values():
+            first, *others = missing_bytes
+            volume, needed = os.statvfs(folder), sum(missing_bytes.values())
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
                 raise DownloadError(
@@ -1238,14 +1244,6 @@ class Download:
             write_record(self.path, stat, expected, listed)
         return ""
 
-    def needs(self) -> float:
-        """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
-        needed = self.source.size
-        for file in (self.path, *left_of(self.path)):
-            with suppress(FileNotFoundError):
-                needed -= file.stat().st_blocks * 512
-        return max(0, needed)
-
     def look(self) -> None:
         """Asks for the size of a file that is not in place. What is raised here will be so again at ensure."""
         if self.problem():
@@ -1460,7 +1458,8 @@ class Download:
         Raises WrongFile where it leads to another file."""
         with self.renewing:
             while self.source is source and not part.ended.is_set():
-                part.ended.wait(self.bear(fault))
+                if part.ended.wait(self.bear(fault)):
+                    return
                 try:
                     found = self.ask()
                 except Fault as again:
