@@ -653,6 +653,8 @@ class Store:
                     f"{download} needs {size / MB:.0f} MB, but models in use take up what JOB_MODELS_GB allows; "
                     f"try later, or set more than {limit / MB:.0f} MB"
                 )
+            volume = os.statvfs(path.parent)  # a full one has less room than is allowed: check_space looks again
+            excess = max(excess, size - volume.f_bavail * volume.f_frsize if volume.f_blocks else 0)
             for file in idle:
                 if excess > 0:
                     file.delete()

@@ -205,6 +205,26 @@ def test_least_recently_used_goes(server, folder, restarted):
     assert {file.name for file in folder.glob(".*.job")} == {f".civitai_{n}.safetensors.job" for n in (11, 13)}
 
 
+def test_a_full_disk_has_less_room(server, folder, monkeypatch):
+    """Where the disk has less left than JOB_MODELS_GB allows, jobs' files go too; with none to go it is an error."""
+    monkeypatch.setenv("JOB_MODELS_GB", "1")
+    fetch(11)
+    real = os.statvfs
+
+    def full(_path: Path) -> os.statvfs_result:  # room for two files
+        blocks = 600 - 260 * len(list(folder.glob("civitai_*")))
+        return os.statvfs_result((4096, 4096, 600, blocks, blocks, *real("/")[5:]))
+
+    monkeypatch.setattr(os, "statvfs", full)
+    fetch(12)
+    assert there(folder) == {11, 12}
+    fetch(13)
+    assert len(there(folder)) == 2 and 13 in there(folder)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 512, 9, 9, *real("/")[5:])))
+    code, told = failure(14)
+    assert code == "DOWNLOAD_FAILED" and "free" in told
+
+
 def test_embeddings_share_the_room(server, folder):
     """LoRAs and embeddings that jobs have brought take up the same room."""
     age(fetch(11, "embedding"), 50)
