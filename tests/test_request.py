@@ -29,7 +29,7 @@ def test_defaults():
     request = parse()
     assert (request.negative_prompt, request.width, request.height, request.steps) == ("", 1024, 1024, 24)
     assert (request.guidance_scale, request.num_images, request.clip_skip, request.long_prompt) == (4.5, 1, 2, "blend")
-    assert (request.scheduler, request.image_format, request.embed_metadata) == ("DPM++ 2M Karras", "png", True)
+    assert (str(request.scheduler), request.image_format, request.embed_metadata) == ("DPM++ 2M Karras", "png", True)
     assert request.emphasis == "no norm"
     assert request.loras["detail_tweaker_xl"] == 1.5 and len(request.loras) == 9
 
