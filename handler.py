@@ -2320,8 +2320,7 @@ SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
 # What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
 SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-FIRST_MARK = 0xD800  # marks stand for embeddings inside of prompts: lone surrogates, which no job's text holds
-MARK = re.compile("([\ud800-\udfff])")
+MARK = re.compile("([\ud800-\udfff])")  # stands for an embedding: lone surrogates, which no job's text holds
 BORDER = re.compile(
     rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])|(?<=[\ud800-\udfff])(?=.)|(?<=.)(?=[\ud800-\udfff])", re.DOTALL
 )
@@ -2342,7 +2341,6 @@ SYNTAX = re.compile(
 PROMPT_EDITING = re.compile(
     r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
 )
-CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
 
@@ -2439,11 +2437,11 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
     # 1. the texts (None is a BREAK) with the product of the factors of all brackets around each
     texts: list[str | None] = []
     weights = torch.ones(len(prompt), dtype=torch.float64)
-    opened: dict[str, list[int]] = {")": [], "]": []}
+    opened: dict[str, list[int]] = {closing: [] for closing in FACTORS}
     for match in SYNTAX.finditer(prompt):
         found, kind = match[0], match.lastgroup
         if kind == "open":
-            opened[CLOSING[found]].append(len(texts))
+            opened[")" if found == "(" else "]"].append(len(texts))
         elif kind in ("weight", "close") and opened[found[-1]]:
             factor = float(match["weight"] or FACTORS[found[-1]])
             if not abs(factor) <= MAX_WEIGHT:
@@ -2564,7 +2562,6 @@ def cut_words(tokenize: Tokenizer, text: str) -> list[str]:
     together with the accents that the tokenizer composes it with.
     """
 
-    @functools.cache
     def lengths(part: str) -> list[int]:
         """Bytes that each token of a part spells."""
         return [len(token.removesuffix("</w>")) for token in tokenize(part)[0]]
@@ -2660,23 +2657,19 @@ def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[lis
 Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
 
 
-@contextmanager
-def vectors_in_place(encoder: Any, part: str, windows: list[Window]) -> Iterator[None]:
-    """Has a text encoder see a batch's vectors, whatever ids stand in their places: CLIPTextModel takes ids alone.
-    part: which of an embedding's tensors are for this encoder."""
+def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
+    """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
+    places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
     places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
+        if not places:
+            return embedded
         vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
         return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
-    handle = encoder.get_input_embeddings().register_forward_hook(put) if places else None
-    try:
-        yield
-    finally:
-        if handle:
-            handle.remove()
+    return put
 
 
 def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, Any, list[int]]:
@@ -2697,8 +2690,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
             while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
                 tokens.pop()  # the window's end is in an embedding, of which a part means something else
-            ids = iter(tokenizer.convert_tokens_to_ids([token for token in tokens if isinstance(token, str)]))
-            window = [next(ids) if isinstance(token, str) else token for token in tokens]
+            window = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token for token in tokens]
             window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
             windows.append((*window, *[tokenizer.pad_token_id] * (WINDOW - len(window))))
             factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][: len(tokens)]
@@ -2710,7 +2702,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         for start in range(0, len(unlike), CHUNKS_AT_ONCE):
             batch = unlike[start : start + CHUNKS_AT_ONCE]
             ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
-            with vectors_in_place(encoder, part, batch):
+            with encoder.get_input_embeddings().register_forward_hook(put_vectors(part, batch)):
                 output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)
             found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
         order = [place[window] for window in windows]
@@ -2749,26 +2741,19 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
     return blended.unsqueeze(0).to(dtype)
 
 
-def join_equal(states: Any, most: int) -> tuple[Any, Any]:
-    """(N, D) -> the group of each state, (N,), and each group's first state: equal states are one group, each other
-    is one of its own, and no fewer than `most` groups are made."""
-    own = group = torch.arange(len(states), device=states.device)
-    equal = states.unique(dim=0, return_inverse=True)[1]
-    first = own.new_full((len(own),), len(own)).scatter_reduce_(0, equal, own, "amin")[equal]
-    joined = (first != own).nonzero().flatten()[most - len(own) :]
-    group = own.index_copy(0, joined, first[joined])
-    left = (group == own).nonzero().flatten()
-    return own.index_copy(0, left, own[: len(left)])[group], left
-
-
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
     as they are. Likeness is the cosine; a state without a direction (zeros, NaN, infinities) is like no other."""
-    group = left = torch.arange(len(states), device=states.device)  # state -> row of what follows
+    first = np.arange(len(states))  # of those that are joined before all others, to which each state belongs
     if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
-        group, left = join_equal(states, most)
-    sizes, norms = torch.bincount(group).to(states.dtype), states[left].norm(dim=1, keepdim=True)
-    directions = torch.where(norms.isfinite(), states[left] / norms.clamp_min(1e-30), 0.0)
+        seen: dict[bytes, int] = {}
+        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.cpu().numpy())])
+        joined = np.flatnonzero(equal != first)[most - len(first) :]  # no fewer than `most` are left
+        first[joined] = equal[joined]
+    left, group, sizes = np.unique(first, return_inverse=True, return_counts=True)
+    own = states[torch.from_numpy(left).to(states.device)]
+    norms = own.norm(dim=1, keepdim=True)
+    directions = torch.where(norms.isfinite(), own / norms.clamp_min(1e-30), 0.0)
     norms = norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15)
     likeness = np.empty((len(left), len(left)), dtype=str(states.dtype).removeprefix("torch."))
     for start in range(0, len(left), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
@@ -2777,8 +2762,8 @@ def merge_alike(states: Any, most: int) -> Any:
         rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
         likeness[block, start:] = rows = rows.cpu().numpy()
         likeness[start:, block] = rows.T
-    joined = group_alike(likeness, sizes.cpu().numpy(), norms.cpu().numpy(), most)
-    group = torch.from_numpy(joined).to(group.device)[group]
+    merged = group_alike(likeness, sizes.astype(likeness.dtype), norms.cpu().numpy(), most)
+    group = torch.from_numpy(merged[group]).to(states.device)
     return torch.zeros_like(states[:most]).index_add_(0, group, states) / torch.bincount(group).unsqueeze(1)
 
 
@@ -2897,22 +2882,20 @@ class PromptEncoder:
 
         An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
         """
-        marks = {chr(FIRST_MARK + i): embedding for i, embedding in enumerate(embeddings.values())}
-        prompt, negative_prompt = (
-            mark_embeddings(split_lora_tags(text)[0], marks) for text in (request.prompt, request.negative_prompt)
-        )
-        prompts, guidance = {"prompt": prompt}, request.guidance_scale > 1
-        if guidance and negative_prompt.strip():
-            prompts["negative prompt"] = negative_prompt
+        marks = {chr(0xD800 + i): embedding for i, embedding in enumerate(embeddings.values())}
+        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
+        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
+            prompts["negative prompt"] = request.negative_prompt
+        prompts = {name: mark_embeddings(split_lora_tags(text)[0], marks) for name, text in prompts.items()}
         text, warnings = "\n".join(prompts.values()), []
         if unknown := [*dict.fromkeys(UNKNOWN_EMBEDDING.findall(text))]:
             few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             warnings.append(f"the prompts name embeddings that are not here, read as words: {few}")
-        options = marks, request.long_prompt, request.clip_skip, request.emphasis, stack
-        encoded = self.encode_or_cut(prompts, warnings, *options)
+        encode = functools.partial(self.encode_prompts, request, stack, marks)
+        encoded = encode_or_cut(encode, prompts, request.long_prompt, warnings)
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
         if rest:
-            positive, negative = self.match_lengths(positive, rest[0], options)
+            positive, negative = match_lengths(positive, rest[0], encode)
         elif guidance:
             negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         else:
@@ -2920,39 +2903,18 @@ class PromptEncoder:
         used = tuple(embedding.name for mark, embedding in marks.items() if mark in text)
         return Conditioning(positive, negative, tuple(warnings), used)
 
-    def encode_or_cut(
-        self, prompts: Mapping[str, str], warnings: list[str], marks: Mapping, long_prompt: str, *options: Hashable
-    ) -> list[Encoded]:
-        """What encode_prompts gives; where the batch fails each prompt is tried alone, and where that fails cut to its
-        first 75 tokens, with a warning. prompts: what each is called -> its text."""
-        texts = list(prompts.values())
-        try:
-            return self.encode_prompts(texts, marks, long_prompt, *options)
-        except Exception as error:  # the contract's fallback: all but the GPU's failures
-            failure = explain(error)
-            if isinstance(failure, OutOfMemory | GpuLost):
-                raise failure from error
-            if len(prompts) > 1:
-                alone = [{name: prompt} for name, prompt in prompts.items()]
-                return [self.encode_or_cut(one, warnings, marks, long_prompt, *options)[0] for one in alone]
-            [name] = prompts
-            log.warning("the chunks of the %s could not be encoded: %r", name, error)
-            warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
-            return self.encode_prompts(texts, marks, "truncate", *options)
-
     def encode_prompts(
-        self, prompts: list[str], marks: Mapping[str, Embedding], long_prompt: str, *options: Hashable
+        self, request: JobRequest, stack: Hashable, marks: Mapping[str, Embedding], prompts: list[str], long_prompt: str
     ) -> list[Encoded]:
-        """The prompts, those not seen before in one batch. options: clip_skip, emphasis, stack."""
+        """The prompts in host memory, those not seen before encoded in one batch."""
         keys = {}
         for prompt in prompts:
             used = tuple(marks[mark] for mark in MARK.findall(prompt))  # the same, whichever marks they have
-            keys[prompt] = MARK.sub("\ud800", prompt), used, long_prompt, *options
-        new = [prompt for prompt, key in keys.items() if key not in self.seen]
-        if new:
+            keys[prompt] = MARK.sub("\ud800", prompt), used, long_prompt, request.clip_skip, request.emphasis, stack
+        if new := [prompt for prompt, key in keys.items() if key not in self.seen]:
             tokenize = Tokenizer(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True, marks=marks)
             chunks = [chunk_prompt(tokenize, prompt, long_prompt) for prompt in new]
-            encoded = encode_chunks(self.pipe, list(chain(*chunks)), *options[:2])
+            encoded = encode_chunks(self.pipe, [*chain(*chunks)], request.clip_skip, request.emphasis)
             ends = accumulate(map(len, chunks), initial=0)
             for prompt, (start, end) in zip(new, pairwise(ends), strict=True):
                 self.seen[keys[prompt]] = join_chunks(*(part[start:end] for part in encoded), long_prompt).to("cpu")
@@ -2962,19 +2924,39 @@ class PromptEncoder:
             del self.seen[next(iter(self.seen))]
         return [self.seen[keys[prompt]] for prompt in prompts]
 
-    def match_lengths(self, a: Encoded, b: Encoded, options: tuple[Any, ...]) -> tuple[Encoded, Encoded]:
-        """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common
-        multiple, since attention over repeated states is the same, so this is what A1111 gets by running them apart.
-        Where that is more than four times the longer, the shorter is filled up with the empty chunk."""
-        longer, common = max(a.chunks, b.chunks), math.lcm(a.chunks, b.chunks)
-        if a.embeds.shape[1] == b.embeds.shape[1]:
-            return a, b
-        if common <= 4 * longer:
-            embeds = [side.embeds.repeat(1, common // side.chunks, 1) for side in (a, b)]
-        else:
-            empty = self.encode_prompts([""], *options)[0].to(a.embeds.device).embeds  # (1, 77, 2048)
-            embeds = [torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1) for side in (a, b)]
-        return replace(a, embeds=embeds[0]), replace(b, embeds=embeds[1])
+
+def encode_or_cut(
+    encode: Callable[..., list[Encoded]], prompts: Mapping[str, str], long_prompt: str, warnings: list[str]
+) -> list[Encoded]:
+    """encode(texts, long_prompt); where the batch fails each prompt is tried alone, and where that fails cut to its
+    first 75 tokens, with a warning. prompts: what each is called -> its text."""
+    try:
+        return encode([*prompts.values()], long_prompt)
+    except Exception as error:  # the contract's fallback: all but the GPU's failures
+        failure = explain(error)
+        if isinstance(failure, OutOfMemory | GpuLost):
+            raise failure from error
+        if len(prompts) > 1:
+            return [encode_or_cut(encode, dict([one]), long_prompt, warnings)[0] for one in prompts.items()]
+        [name] = prompts
+        log.warning("the chunks of the %s could not be encoded: %r", name, error)
+        warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
+        return encode([*prompts.values()], "truncate")
+
+
+def match_lengths(a: Encoded, b: Encoded, encode: Callable[..., list[Encoded]]) -> tuple[Encoded, Encoded]:
+    """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common multiple,
+    since attention over repeated states is the same, so this is what A1111 gets by running them apart. Where that is
+    more than four times the longer, the shorter is filled up with the empty chunk."""
+    longer, common = max(a.chunks, b.chunks), math.lcm(a.chunks, b.chunks)
+    if a.embeds.shape[1] == b.embeds.shape[1]:
+        return a, b
+    if common <= 4 * longer:
+        embeds = [side.embeds.repeat(1, common // side.chunks, 1) for side in (a, b)]
+    else:
+        empty = encode([""], "concat")[0].to(a.embeds.device).embeds  # (1, 77, 2048)
+        embeds = [torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1) for side in (a, b)]
+    return replace(a, embeds=embeds[0]), replace(b, embeds=embeds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3234,8 +3216,16 @@ class NoiseLevels:
 
 # NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps); others by log-linear interpolation
 ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
-SCHEDULES = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Simple", "Align Your Steps", "KL Optimal")
-SCHEDULES += ("Polyexponential",)
+SCHEDULES = (
+    "Uniform",
+    "Karras",
+    "Exponential",
+    "SGM Uniform",
+    "Simple",
+    "Align Your Steps",
+    "KL Optimal",
+    "Polyexponential",
+)
 
 
 # names
@@ -3394,14 +3384,14 @@ def philox_normal(seed: int, draw: int, count: int) -> Any:
     return (radius * np.sin(2 * math.pi * (words[1] * 2.0**-32 + 2.0**-33))).astype(np.float32)
 
 
-def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], Any]:
-    """A function that draws a seed's next float32 tensor of standard normal numbers: with rng "cpu" as torch's
-    generator there does, with "gpu" as CUDA's."""
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[..., Any]:
+    """A function that draws a seed's next float32 tensor of standard normal numbers, whatever it is given: with rng
+    "cpu" as torch's generator there does, with "gpu" as CUDA's."""
     if rng == "cpu":
         generator = torch.Generator().manual_seed(seed)
-        return lambda: torch.randn(shape, generator=generator)
+        return lambda *_: torch.randn(shape, generator=generator)
     draws = itertools.count()
-    return lambda: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
+    return lambda *_: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
 
 
 class BrownianTree:
@@ -3445,13 +3435,13 @@ DRAWN_AHEAD = 4  # steps; more would only take memory
 
 
 def drawn_ahead(
-    pool: ThreadPoolExecutor, images: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
+    pool: ThreadPoolExecutor, streams: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
 ) -> Iterator[Any]:
-    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device. It is drawn in the pool's one thread while
-    the GPU works, from now on, and moved without waiting."""
+    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device; streams: each image's. It is drawn in the
+    pool's one thread while the GPU works, from now on, and moved without waiting."""
 
     def draw(request: tuple[Any, Any]) -> Any:
-        noise = torch.stack([image(*request) for image in images])
+        noise = torch.stack([draw_one(*request) for draw_one in streams])
         return noise.pin_memory() if torch.device(device).type == "cuda" else noise
 
     def take() -> Iterator[Any]:
@@ -3607,10 +3597,8 @@ def denoise(
         if sampling.schedule:
             scheduler = SamplerAsScheduler(sampling, stage.steps, config, stage.run)
             if scheduler.sampler.brownian:
-                images = [BrownianTree(request.rng, seed, *scheduler.span, shape).noise for seed in request.seeds]
-            else:
-                images = [lambda *_, draw=draw: draw() for draw in streams]
-            scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+                streams = [BrownianTree(request.rng, seed, *scheduler.span, shape).noise for seed in request.seeds]
+            scheduler.noise = drawn_ahead(pool, streams, scheduler.noise_requests, pipe._execution_device)
             if stage.latents is not None:
                 latents = stage.latents + latents.to(stage.latents.device) * scheduler.sigmas[0]
                 scheduler.init_noise_sigma = 1.0
