@@ -2349,8 +2349,7 @@ SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
 
 # What CLIPTokenizer takes for white space. Other control characters it drops, and joins what they stood between.
 SPACE = " \t\n\r\u00a0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-FIRST_MARK = 0xD800  # marks stand for embeddings inside of prompts: lone surrogates, which no job's text holds
-MARK = re.compile("([\ud800-\udfff])")
+MARK = re.compile("([\ud800-\udfff])")  # stands for an embedding: lone surrogates, which no job's text holds
 BORDER = re.compile(
     rf"(?<=[{SPACE}])(?=[^{SPACE}])|(?<=,)(?=[^\W\d_])|(?<=[\ud800-\udfff])(?=.)|(?<=.)(?=[\ud800-\udfff])", re.DOTALL
 )
@@ -2371,7 +2370,6 @@ SYNTAX = re.compile(
 PROMPT_EDITING = re.compile(
     r"(?<!\\)\[(?=[^\[\]]*[^\W\d_])(?:[^\[\]|]*+\|[^\[\]]*+|[^\[\]]*:\s*+(?:\d++\.?\d*+|\.\d++)\s*+)\]|\bAND\b"
 )
-CLOSING = {"(": ")", "[": "]"}
 FACTORS = {")": 1.1, "]": 1 / 1.1}
 
 
@@ -2468,11 +2466,11 @@ def parse_prompt(prompt: str) -> list[list[tuple[str, float]]]:
     # 1. the texts (None is a BREAK) with the product of the factors of all brackets around each
     texts: list[str | None] = []
     weights = torch.ones(len(prompt), dtype=torch.float64)
-    opened: dict[str, list[int]] = {")": [], "]": []}
+    opened: dict[str, list[int]] = {closing: [] for closing in FACTORS}
     for match in SYNTAX.finditer(prompt):
         found, kind = match[0], match.lastgroup
         if kind == "open":
-            opened[CLOSING[found]].append(len(texts))
+            opened[")" if found == "(" else "]"].append(len(texts))
         elif kind in ("weight", "close") and opened[found[-1]]:
             factor = float(match["weight"] or FACTORS[found[-1]])
             if not abs(factor) <= MAX_WEIGHT:
@@ -2593,7 +2591,6 @@ def cut_words(tokenize: Tokenizer, text: str) -> list[str]:
     together with the accents that the tokenizer composes it with.
     """
 
-    @functools.cache
     def lengths(part: str) -> list[int]:
         """Bytes that each token of a part spells."""
         return [len(token.removesuffix("</w>")) for token in tokenize(part)[0]]
@@ -2689,23 +2686,19 @@ def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[lis
 Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
 
 
-@contextmanager
-def vectors_in_place(encoder: Any, part: str, windows: list[Window]) -> Iterator[None]:
-    """Has a text encoder see a batch's vectors, whatever ids stand in their places: CLIPTextModel takes ids alone.
-    part: which of an embedding's tensors are for this encoder."""
+def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
+    """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
+    places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
     places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
+        if not places:
+            return embedded
         vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
         return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
-    handle = encoder.get_input_embeddings().register_forward_hook(put) if places else None
-    try:
-        yield
-    finally:
-        if handle:
-            handle.remove()
+    return put
 
 
 def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, Any, list[int]]:
@@ -2726,8 +2719,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
             while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
                 tokens.pop()  # the window's end is in an embedding, of which a part means something else
-            ids = iter(tokenizer.convert_tokens_to_ids([token for token in tokens if isinstance(token, str)]))
-            window = [next(ids) if isinstance(token, str) else token for token in tokens]
+            window = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token for token in tokens]
             window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
             windows.append((*window, *[tokenizer.pad_token_id] * (WINDOW - len(window))))
             factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][: len(tokens)]
@@ -2739,7 +2731,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         for start in range(0, len(unlike), CHUNKS_AT_ONCE):
             batch = unlike[start : start + CHUNKS_AT_ONCE]
             ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
-            with vectors_in_place(encoder, part, batch):
+            with encoder.get_input_embeddings().register_forward_hook(put_vectors(part, batch)):
                 output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)
             found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
         order = [place[window] for window in windows]
@@ -2778,26 +2770,19 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
     return blended.unsqueeze(0).to(dtype)
 
 
-def join_equal(states: Any, most: int) -> tuple[Any, Any]:
-    """(N, D) -> the group of each state, (N,), and each group's first state: equal states are one group, each other
-    is one of its own, and no fewer than `most` groups are made."""
-    own = group = torch.arange(len(states), device=states.device)
-    equal = states.unique(dim=0, return_inverse=True)[1]
-    first = own.new_full((len(own),), len(own)).scatter_reduce_(0, equal, own, "amin")[equal]
-    joined = (first != own).nonzero().flatten()[most - len(own) :]
-    group = own.index_copy(0, joined, first[joined])
-    left = (group == own).nonzero().flatten()
-    return own.index_copy(0, left, own[: len(left)])[group], left
-
-
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
     as they are. Likeness is the cosine; a state without a direction (zeros, NaN, infinities) is like no other."""
-    group = left = torch.arange(len(states), device=states.device)  # state -> row of what follows
+    first = np.arange(len(states))  # of those that are joined before all others, to which each state belongs
     if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
-        group, left = join_equal(states, most)
-    sizes, norms = torch.bincount(group).to(states.dtype), states[left].norm(dim=1, keepdim=True)
-    directions = torch.where(norms.isfinite(), states[left] / norms.clamp_min(1e-30), 0.0)
+        seen: dict[bytes, int] = {}
+        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.cpu().numpy())])
+        joined = np.flatnonzero(equal != first)[most - len(first) :]  # no fewer than `most` are left
+        first[joined] = equal[joined]
+    left, group, sizes = np.unique(first, return_inverse=True, return_counts=True)
+    own = states[torch.from_numpy(left).to(states.device)]
+    norms = own.norm(dim=1, keepdim=True)
+    directions = torch.where(norms.isfinite(), own / norms.clamp_min(1e-30), 0.0)
     norms = norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15)
     likeness = np.empty((len(left), len(left)), dtype=str(states.dtype).removeprefix("torch."))
     for start in range(0, len(left), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
@@ -2806,8 +2791,8 @@ def merge_alike(states: Any, most: int) -> Any:
         rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
         likeness[block, start:] = rows = rows.cpu().numpy()
         likeness[start:, block] = rows.T
-    joined = group_alike(likeness, sizes.cpu().numpy(), norms.cpu().numpy(), most)
-    group = torch.from_numpy(joined).to(group.device)[group]
+    merged = group_alike(likeness, sizes.astype(likeness.dtype), norms.cpu().numpy(), most)
+    group = torch.from_numpy(merged[group]).to(states.device)
     return torch.zeros_like(states[:most]).index_add_(0, group, states) / torch.bincount(group).unsqueeze(1)
 
 
@@ -2926,22 +2911,20 @@ class PromptEncoder:
 
         An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
         """
-        marks = {chr(FIRST_MARK + i): embedding for i, embedding in enumerate(embeddings.values())}
-        prompt, negative_prompt = (
-            mark_embeddings(split_lora_tags(text)[0], marks) for text in (request.prompt, request.negative_prompt)
-        )
-        prompts, guidance = {"prompt": prompt}, request.guidance_scale > 1
-        if guidance and negative_prompt.strip():
-            prompts["negative prompt"] = negative_prompt
+        marks = {chr(0xD800 + i): embedding for i, embedding in enumerate(embeddings.values())}
+        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
+        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
+            prompts["negative prompt"] = request.negative_prompt
+        prompts = {name: mark_embeddings(split_lora_tags(text)[0], marks) for name, text in prompts.items()}
         text, warnings = "\n".join(prompts.values()), []
         if unknown := [*dict.fromkeys(UNKNOWN_EMBEDDING.findall(text))]:
             few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             warnings.append(f"the prompts name embeddings that are not here, read as words: {few}")
-        options = marks, request.long_prompt, request.clip_skip, request.emphasis, stack
-        encoded = self.encode_or_cut(prompts, warnings, *options)
+        encode = functools.partial(self.encode_prompts, request, stack, marks)
+        encoded = encode_or_cut(encode, prompts, request.long_prompt, warnings)
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
         if rest:
-            positive, negative = self.match_lengths(positive, rest[0], options)
+            positive, negative = match_lengths(positive, rest[0], encode)
         elif guidance:
             negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         else:
@@ -2949,39 +2932,18 @@ class PromptEncoder:
         used = tuple(embedding.name for mark, embedding in marks.items() if mark in text)
         return Conditioning(positive, negative, tuple(warnings), used)
 
-    def encode_or_cut(
-        self, prompts: Mapping[str, str], warnings: list[str], marks: Mapping, long_prompt: str, *options: Hashable
-    ) -> list[Encoded]:
-        """What encode_prompts gives; where the batch fails each prompt is tried alone, and where that fails cut to its
-        first 75 tokens, with a warning. prompts: what each is called -> its text."""
-        texts = list(prompts.values())
-        try:
-            return self.encode_prompts(texts, marks, long_prompt, *options)
-        except Exception as error:  # the contract's fallback: all but the GPU's failures
-            failure = explain(error)
-            if isinstance(failure, OutOfMemory | GpuLost):
-                raise failure from error
-            if len(prompts) > 1:
-                alone = [{name: prompt} for name, prompt in prompts.items()]
-                return [self.encode_or_cut(one, warnings, marks, long_prompt, *options)[0] for one in alone]
-            [name] = prompts
-            log.warning("the chunks of the %s could not be encoded: %r", name, error)
-            warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
-            return self.encode_prompts(texts, marks, "truncate", *options)
-
     def encode_prompts(
-        self, prompts: list[str], marks: Mapping[str, Embedding], long_prompt: str, *options: Hashable
+        self, request: JobRequest, stack: Hashable, marks: Mapping[str, Embedding], prompts: list[str], long_prompt: str
     ) -> list[Encoded]:
-        """The prompts, those not seen before in one batch. options: clip_skip, emphasis, stack."""
+        """The prompts in host memory, those not seen before encoded in one batch."""
         keys = {}
         for prompt in prompts:
             used = tuple(marks[mark] for mark in MARK.findall(prompt))  # the same, whichever marks they have
-            keys[prompt] = MARK.sub("\ud800", prompt), used, long_prompt, *options
-        new = [prompt for prompt, key in keys.items() if key not in self.seen]
-        if new:
+            keys[prompt] = MARK.sub("\ud800", prompt), used, long_prompt, request.clip_skip, request.emphasis, stack
+        if new := [prompt for prompt, key in keys.items() if key not in self.seen]:
             tokenize = Tokenizer(self.pipe.tokenizer, self.pipe.tokenizer_2, special_as_text=True, marks=marks)
             chunks = [chunk_prompt(tokenize, prompt, long_prompt) for prompt in new]
-            encoded = encode_chunks(self.pipe, list(chain(*chunks)), *options[:2])
+            encoded = encode_chunks(self.pipe, [*chain(*chunks)], request.clip_skip, request.emphasis)
             ends = accumulate(map(len, chunks), initial=0)
             for prompt, (start, end) in zip(new, pairwise(ends), strict=True):
                 self.seen[keys[prompt]] = join_chunks(*(part[start:end] for part in encoded), long_prompt).to("cpu")
@@ -2991,19 +2953,39 @@ class PromptEncoder:
             del self.seen[next(iter(self.seen))]
         return [self.seen[keys[prompt]] for prompt in prompts]
 
-    def match_lengths(self, a: Encoded, b: Encoded, options: tuple[Any, ...]) -> tuple[Encoded, Encoded]:
-        """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common
-        multiple, since attention over repeated states is the same, so this is what A1111 gets by running them apart.
-        Where that is more than four times the longer, the shorter is filled up with the empty chunk."""
-        longer, common = max(a.chunks, b.chunks), math.lcm(a.chunks, b.chunks)
-        if a.embeds.shape[1] == b.embeds.shape[1]:
-            return a, b
-        if common <= 4 * longer:
-            embeds = [side.embeds.repeat(1, common // side.chunks, 1) for side in (a, b)]
-        else:
-            empty = self.encode_prompts([""], *options)[0].to(a.embeds.device).embeds  # (1, 77, 2048)
-            embeds = [torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1) for side in (a, b)]
-        return replace(a, embeds=embeds[0]), replace(b, embeds=embeds[1])
+
+def encode_or_cut(
+    encode: Callable[..., list[Encoded]], prompts: Mapping[str, str], long_prompt: str, warnings: list[str]
+) -> list[Encoded]:
+    """encode(texts, long_prompt); where the batch fails each prompt is tried alone, and where that fails cut to its
+    first 75 tokens, with a warning. prompts: what each is called -> its text."""
+    try:
+        return encode([*prompts.values()], long_prompt)
+    except Exception as error:  # the contract's fallback: all but the GPU's failures
+        failure = explain(error)
+        if isinstance(failure, OutOfMemory | GpuLost):
+            raise failure from error
+        if len(prompts) > 1:
+            return [encode_or_cut(encode, dict([one]), long_prompt, warnings)[0] for one in prompts.items()]
+        [name] = prompts
+        log.warning("the chunks of the %s could not be encoded: %r", name, error)
+        warnings.append(f"the chunks of the {name} could not be encoded: it was cut to its first 75 tokens")
+        return encode([*prompts.values()], "truncate")
+
+
+def match_lengths(a: Encoded, b: Encoded, encode: Callable[..., list[Encoded]]) -> tuple[Encoded, Encoded]:
+    """Two concatenated prompts in as many chunks, which the UNet asks for: both repeated to the least common multiple,
+    since attention over repeated states is the same, so this is what A1111 gets by running them apart. Where that is
+    more than four times the longer, the shorter is filled up with the empty chunk."""
+    longer, common = max(a.chunks, b.chunks), math.lcm(a.chunks, b.chunks)
+    if a.embeds.shape[1] == b.embeds.shape[1]:
+        return a, b
+    if common <= 4 * longer:
+        embeds = [side.embeds.repeat(1, common // side.chunks, 1) for side in (a, b)]
+    else:
+        empty = encode([""], "concat")[0].to(a.embeds.device).embeds  # (1, 77, 2048)
+        embeds = [torch.cat([side.embeds, *[empty] * (longer - side.chunks)], dim=1) for side in (a, b)]
+    return replace(a, embeds=embeds[0]), replace(b, embeds=embeds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3195,20 +3177,14 @@ def sample_lcm(x: Any, sigmas: Any, noise: Noise) -> Run:
     return x
 
 
-# schedules: (steps, levels) -> falling σ, float32 (steps + 1,), after k-diffusion's get_sigmas_… and A1111's
-# sd_schedulers.py. All but KL Optimal and DDIM's end in 0.
+# schedules
 
 
-@dataclass(frozen=True)
 class NoiseLevels:
     """The σ that the network was trained with, and the times that it knows them by: σ[i] at time i of 0 to 999. A
     network distilled for LCM knows every 20th alone, times 19 to 999 (A1111's LCMCompVisDenoiser)."""
 
-    sigmas: Any  # float32 (1000 / every,), rising
-    every: int = 1
-
-    @classmethod
-    def of_sdxl(cls, every: int = 1, zero_snr: bool = False) -> NoiseLevels:
+    def __init__(self, every: int = 1, zero_snr: bool = False) -> None:
         """SDXL's scaled_linear betas; with zero_snr as A1111 rescales ᾱ, so that the last time is nothing but noise."""
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         alphas = (1 - betas).cumprod(0).float()
@@ -3216,12 +3192,8 @@ class NoiseLevels:
             root = alphas.sqrt()
             alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
             alphas[-1] = 4.8973451890853435e-08
-        return cls((((1 - alphas) / alphas) ** 0.5)[every - 1 :: every], every)
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest σ and the highest."""
-        return self.sigmas[0].item(), self.sigmas[-1].item()
+        self.sigmas = (((1 - alphas) / alphas) ** 0.5)[every - 1 :: every]  # float32 (1000 / every,), rising
+        self.every = every
 
     def time_of(self, sigmas: Any) -> Any:
         """DiscreteSchedule.sigma_to_t: between two σ by the logarithm; LCM's network knows the nearest."""
@@ -3231,93 +3203,58 @@ class NoiseLevels:
         place = (1 - weight) * below + weight * (below + 1)
         return (place if self.every == 1 else place.round()) * self.every + (self.every - 1)
 
-    def sigma_of(self, times: Any) -> Any:
-        """DiscreteSchedule.t_to_sigma."""
-        place = (times - (self.every - 1)) / self.every
+    def evenly_in_time(self, count: int) -> Any:
+        """The σ (DiscreteSchedule.t_to_sigma) of count times, evenly from the last to the first."""
+        place = (torch.linspace(999, self.every - 1, count) - (self.every - 1)) / self.every
         weight, logs = place.frac(), self.sigmas.log()
         return ((1 - weight) * logs[place.floor().long()] + weight * logs[place.ceil().long()]).exp()
 
-    def spread(self, count: int) -> Any:
-        """count times, evenly from the last to the first."""
-        return torch.linspace(999, self.every - 1, count)
+    def schedule(self, name: str, steps: int) -> Any:
+        """Falling σ, float32 (steps + 1,), after k-diffusion's get_sigmas_… and A1111's sd_schedulers.py; name: of
+        SCHEDULES, or a sampler's own grid. All but KL Optimal and DDIM's end in 0."""
+        low, high = self.sigmas[0].item(), self.sigmas[-1].item()
+        match name:
+            case "Uniform":  # DiscreteSchedule.get_sigmas; ComfyUI calls it normal
+                sigmas = self.evenly_in_time(steps)
+            case "SGM Uniform":  # one more time, and the last left out
+                sigmas = self.evenly_in_time(steps + 1)[:-1]
+            case "Simple":  # every 1000/steps-th trained σ from the highest down
+                sigmas = self.sigmas[[-1 - int(i * (len(self.sigmas) / steps)) for i in range(steps)]]
+            case "Karras":  # evenly in σ^(1/7): ρ is 7
+                first, last = high ** (1 / 7.0), low ** (1 / 7.0)
+                sigmas = (first + torch.linspace(0, 1, steps) * (last - first)) ** 7.0
+            case "Exponential":  # evenly in log σ
+                sigmas = torch.linspace(math.log(high), math.log(low), steps).exp()
+            case "Polyexponential":  # with ρ 1, which is A1111's: exponential but for the last bits
+                sigmas = (torch.linspace(1, 0, steps) * (math.log(high) - math.log(low)) + math.log(low)).exp()
+            case "Align Your Steps":  # A1111 would run one step from the lowest σ; here it starts at the highest
+                at, places = np.linspace(0, 1, steps), np.linspace(0, 1, len(ALIGN_YOUR_STEPS))
+                sigmas = torch.from_numpy(np.exp(np.interp(at, places, np.log(ALIGN_YOUR_STEPS)))).float()
+            case "KL Optimal":  # evenly in arctan σ (Align Your Steps' page)
+                place = torch.arange(steps + 1) / steps
+                return torch.tan(place * self.sigmas[0].arctan() + (1.0 - place) * self.sigmas[-1].arctan())
+            case "DDIM":  # A1111's get_timesteps: t = 1 + i · (1000 // steps) below 1000, so 24 steps are 24, 20 are 19
+                times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
+                if steps > 1:
+                    return self.sigmas[times]
+                sigmas = self.sigmas[-1:]  # nothing would be left
+            case "leading":  # diffusers' spacing in SDXL's own configuration; one step from the highest σ
+                sigmas = self.sigmas[torch.arange(steps).flip(0) * (1000 // steps) + 1 if steps > 1 else [-1]]
+        return torch.cat([sigmas, torch.zeros(1)])
 
 
-def then_zero(sigmas: Any) -> Any:
-    """k-diffusion's append_zero."""
-    return torch.cat([sigmas.float(), torch.zeros(1)])
-
-
-def uniform(steps: int, levels: NoiseLevels) -> Any:
-    """DiscreteSchedule.get_sigmas; ComfyUI calls it normal."""
-    return then_zero(levels.sigma_of(levels.spread(steps)))
-
-
-def sgm_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """One more time, and the last left out."""
-    return then_zero(levels.sigma_of(levels.spread(steps + 1)[:-1]))
-
-
-def simple(steps: int, levels: NoiseLevels) -> Any:
-    """Every 1000/steps-th trained σ from the highest down."""
-    return then_zero(levels.sigmas[[-1 - int(i * (len(levels.sigmas) / steps)) for i in range(steps)]])
-
-
-def karras(steps: int, levels: NoiseLevels) -> Any:
-    """Evenly in σ^(1/7): ρ is 7."""
-    low, high = (sigma ** (1 / 7.0) for sigma in levels.ends)
-    return then_zero((high + torch.linspace(0, 1, steps) * (low - high)) ** 7.0)
-
-
-def exponential(steps: int, levels: NoiseLevels) -> Any:
-    """Evenly in log σ."""
-    low, high = map(math.log, levels.ends)
-    return then_zero(torch.linspace(high, low, steps).exp())
-
-
-def polyexponential(steps: int, levels: NoiseLevels) -> Any:
-    """Exponential with ρ 1, which is A1111's: the same but for the last bits."""
-    low, high = map(math.log, levels.ends)
-    return then_zero(torch.exp(torch.linspace(1, 0, steps) * (high - low) + low))
-
-
-def align_your_steps(steps: int, _levels: NoiseLevels) -> Any:
-    """NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps), others by log-linear
-    interpolation. A1111 would run one step from the lowest σ; here it starts at the highest."""
-    table = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
-    places = np.linspace(0, 1, steps)
-    return then_zero(torch.from_numpy(np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))))
-
-
-def kl_optimal(steps: int, levels: NoiseLevels) -> Any:
-    """Evenly in arctan σ (the same page), to the lowest σ and not to 0."""
-    low, high = (torch.tensor(sigma).arctan() for sigma in levels.ends)
-    place = torch.arange(steps + 1) / steps
-    return torch.tan(place * low + (1.0 - place) * high)
-
-
-def ddim_uniform(steps: int, levels: NoiseLevels) -> Any:
-    """A1111's get_timesteps (sd_samplers_timesteps.py): t = …, 1 + 1000 // steps, 1. As there, 24 steps are 24, and 20,
-    which divide 1000, are 19; one step, of which nothing would be left, goes from the highest σ to 0."""
-    times = (torch.arange(0, 1000, 1000 // steps) + 1).clamp(max=999).flip(0)
-    return levels.sigmas[times] if steps > 1 else then_zero(levels.sigmas[-1:])
-
-
-def leading(steps: int, levels: NoiseLevels) -> Any:
-    """diffusers' spacing in SDXL's own configuration: t = 1 + i · (1000 // steps); one step from the highest σ."""
-    times = torch.arange(steps).flip(0) * (1000 // steps) + 1
-    return then_zero(levels.sigmas[times if steps > 1 else [-1]])
-
-
-SCHEDULES: dict[str, Callable[[int, NoiseLevels], Any]] = {
-    "Uniform": uniform,
-    "Karras": karras,
-    "Exponential": exponential,
-    "SGM Uniform": sgm_uniform,
-    "Simple": simple,
-    "Align Your Steps": align_your_steps,
-    "KL Optimal": kl_optimal,
-    "Polyexponential": polyexponential,
-}
+# NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps); others by log-linear interpolation
+ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+SCHEDULES = (
+    "Uniform",
+    "Karras",
+    "Exponential",
+    "SGM Uniform",
+    "Simple",
+    "Align Your Steps",
+    "KL Optimal",
+    "Polyexponential",
+)
 
 
 # names
@@ -3325,17 +3262,24 @@ SCHEDULES: dict[str, Callable[[int, NoiseLevels], Any]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a sampler is run."""
+    """How a name's sampler is run: by one of the functions above on any of SCHEDULES, or by diffusers' own class."""
 
-    run: Callable[..., Run]
+    run: Callable[..., Run] | None = None
     automatic: str = "Uniform"  # the schedule that A1111 gives it when none is chosen
-    uniform: Callable[[int, NoiseLevels], Any] = uniform
+    uniform: str = "Uniform"  # what Uniform means for it
     brownian: bool = False  # its noise is the differences of a Brownian motion along σ
     drops_next_to_last: bool = False  # A1111 makes one σ more and drops the next to last
     starts_at_sigma: bool = True  # the first latents are noise · σ₀; otherwise noise · √(1 + σ₀²)
     every: int = 1  # of the trained levels
+    # what the name alone runs: diffusers' class, and what is changed of the checkpoint's configuration
+    diffusers: tuple[str, dict[str, Any]] | None = None
+    instead: str = ""  # what comes nearest for image and hires, where the name alone begins with noise only
 
 
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+LINSPACE = {"timestep_spacing": "linspace"}
+PNDM = Sampler(diffusers=("PNDMScheduler", LEADING | {"skip_prk_steps": True}), instead="LMS")
+K_EULER = Sampler(sample_euler, uniform="leading", starts_at_sigma=False, instead="Euler")
 SAMPLERS = {
     "Euler": Sampler(sample_euler),
     "Euler a": Sampler(functools.partial(sample_euler, eta=1)),
@@ -3349,29 +3293,27 @@ SAMPLERS = {
     "DPM++ 2M SDE": Sampler(sample_dpmpp_2m_sde, "Exponential", brownian=True),
     "DPM++ 2M SDE Heun": Sampler(functools.partial(sample_dpmpp_2m_sde, heun=True), "Exponential", brownian=True),
     "DPM++ 3M SDE": Sampler(sample_dpmpp_3m_sde, "Exponential", brownian=True, drops_next_to_last=True),
-    "DDIM": Sampler(sample_ddim, uniform=ddim_uniform, starts_at_sigma=False),
     "LCM": Sampler(sample_lcm, every=20),
-    # the official RunPod SDXL worker's names for diffusers' Euler and Euler a
-    "K_EULER": Sampler(sample_euler, uniform=leading, starts_at_sigma=False),
-    "K_EULER_ANCESTRAL": Sampler(functools.partial(sample_euler, eta=1), uniform=leading, starts_at_sigma=False),
-}
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-PNDM = ("PNDMScheduler", LEADING | {"skip_prk_steps": True})
-# diffusers' own classes, with what is changed of the checkpoint's configuration; no schedule but theirs
-DIFFUSERS_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
-    "DEIS": ("DEISMultistepScheduler", {"timestep_spacing": "linspace"}),
+    # alone diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
+    "DDIM": Sampler(
+        sample_ddim,
+        uniform="DDIM",
+        starts_at_sigma=False,
+        diffusers=("DDIMScheduler", LEADING | {"clip_sample": False}),
+        instead="DDIM Uniform",
+    ),
+    "UniPC": Sampler(diffusers=("UniPCMultistepScheduler", LINSPACE), instead="DPM++ 2M"),
+    "DEIS": Sampler(diffusers=("DEISMultistepScheduler", LINSPACE), instead="DPM++ 2M"),
     "PLMS": PNDM,
     # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
     "PNDM": PNDM,
-    "DDIM": ("DDIMScheduler", LEADING | {"clip_sample": False}),
-    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "DPMSolverMultistep": Sampler(diffusers=("DPMSolverMultistepScheduler", {}), instead="DPM++ 2M"),
+    "DPMSolverSinglestep": Sampler(
+        diffusers=("DPMSolverSinglestepScheduler", {"lower_order_final": True}), instead="DPM++ 2M"
+    ),
+    "K_EULER": K_EULER,
+    "K_EULER_ANCESTRAL": replace(K_EULER, run=functools.partial(sample_euler, eta=1), instead="Euler a"),
 }
-# those that begin with noise alone, and what comes nearest for image and hires
-NOISE_ONLY = {"UniPC": "DPM++ 2M", "DEIS": "DPM++ 2M", "PLMS": "LMS", "PNDM": "LMS", "DDIM": "DDIM Uniform"}
-NOISE_ONLY |= dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep"), "DPM++ 2M")
-NOISE_ONLY |= {"K_EULER": "Euler", "K_EULER_ANCESTRAL": "Euler a"}
 # samplers of A1111 and of the official worker that are not here, and what comes nearest
 NOT_HERE = {"DPM fast": "DPM++ 2M", "DPM adaptive": "DPM++ 2M Karras", "Restart": "Heun Karras", "KLMS": "LMS"}
 DEFAULT_SCHEDULER = "DPM++ 2M Karras"
@@ -3381,13 +3323,22 @@ DEFAULT_SCHEDULER = "DPM++ 2M Karras"
 class Sampling:
     """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
 
-    sampler: str  # of SAMPLERS, or of DIFFUSERS_SAMPLERS where it has no schedule
-    schedule: str  # of SCHEDULES, or ""
+    name: str  # of SAMPLERS
+    schedule: str  # of SCHEDULES; "" where diffusers' class runs
 
     def __str__(self) -> str:
-        # "DDIM" alone is diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
-        plain = self.schedule == "Uniform" and self.sampler not in DIFFUSERS_SAMPLERS
-        return self.sampler if plain else f"{self.sampler} {self.schedule}".strip()
+        plain = self.schedule == "Uniform" and not self.sampler.diffusers
+        return self.name if plain else f"{self.name} {self.schedule}".strip()
+
+    @property
+    def sampler(self) -> Sampler:
+        """How it is run."""
+        return SAMPLERS[self.name]
+
+    @property
+    def instead(self) -> str:
+        """The nearest name for image and hires, where this one begins with noise only; else ""."""
+        return "" if self.schedule and self.sampler.diffusers else self.sampler.instead
 
 
 def spelling(name: str) -> str:
@@ -3398,23 +3349,20 @@ def spelling(name: str) -> str:
 
 
 @functools.cache
-def spelled_samplings() -> dict[str, Sampling]:
+def known_samplings() -> dict[str, Sampling]:
     """spelling -> what it chooses, for every name that is understood."""
     known = {}
     for name, sampler in SAMPLERS.items():
-        schedules = {"": "Uniform", "Automatic": sampler.automatic}
-        if sampler.uniform is not leading:
+        schedules = {"Automatic": sampler.automatic if sampler.run else ""}
+        if sampler.run and sampler.uniform != "leading":
             schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
+        schedules[""] = "" if sampler.diffusers else "Uniform"
         known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
-    for name in DIFFUSERS_SAMPLERS:
-        known |= {spelling(name): Sampling(name, "")}
-        if name not in SAMPLERS:
-            known |= {spelling(name + "Automatic"): Sampling(name, "")}
     return known
 
 
-def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") -> Sampling:
-    """The choice that a job or a recipe names, in A1111's, ComfyUI's or the official worker's spelling.
+def read_sampling(field: str, sampler: Any, schedule: Any = None) -> Sampling:
+    """The choice that a job's or a recipe's field names, in A1111's, ComfyUI's or the official worker's spelling.
 
     "DPM++ 2M Karras" -> 2M, Karras; "dpmpp_2m", "karras" -> the same; "DPM++ 2M" -> Uniform; "DPM++ 2M", "Automatic"
     -> Karras, the sampler's own. "DDIM" is diffusers' own, "DDIM", "Uniform" A1111's. Raises InvalidInput, naming the
@@ -3425,15 +3373,16 @@ def read_sampling(sampler: Any, schedule: Any = None, field: str = "scheduler") 
         if not isinstance(text, str):
             raise InvalidInput(f"{field} must be text, got {shown(text)}")
     given = f"{sampler} {schedule}".strip()
-    known, spelled = spelled_samplings(), spelling(given)
+    known, spelled = known_samplings(), spelling(given)
     if spelled in known:
         return known[spelled]
     alone = known.get(spelling(sampler))
     if schedule and alone and spelling(schedule) in (spelling(alone.schedule), "automatic"):
         return alone  # "DPM++ 2M Karras" has its schedule already
-    close = difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)
-    names = [str(alone)] * bool(alone) + [str(known[key]) for key in close] or [DEFAULT_SCHEDULER, "Euler a"]
-    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))] or names
+    names = [name for absent, name in NOT_HERE.items() if spelled.startswith(spelling(absent))]
+    if not names:
+        close = [known[key] for key in difflib.get_close_matches(spelled[:80], known, n=9, cutoff=0.4)]
+        names = [str(near) for near in (alone, *close) if near] or [DEFAULT_SCHEDULER, "Euler a"]
     hint = ", ".join(f'"{name}"' for name in list(dict.fromkeys(names))[:3])
     raise InvalidInput(f"{field} must be a sampler of this worker, got {shown(given)}; nearest: {hint}")
 
@@ -3464,14 +3413,14 @@ def philox_normal(seed: int, draw: int, count: int) -> Any:
     return (radius * np.sin(2 * math.pi * (words[1] * 2.0**-32 + 2.0**-33))).astype(np.float32)
 
 
-def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], Any]:
-    """A function that draws a seed's next float32 tensor of standard normal numbers: with rng "cpu" as torch's
-    generator there does, with "gpu" as CUDA's."""
+def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[..., Any]:
+    """A function that draws a seed's next float32 tensor of standard normal numbers, whatever it is given: with rng
+    "cpu" as torch's generator there does, with "gpu" as CUDA's."""
     if rng == "cpu":
         generator = torch.Generator().manual_seed(seed)
-        return lambda: torch.randn(shape, generator=generator)
+        return lambda *_: torch.randn(shape, generator=generator)
     draws = itertools.count()
-    return lambda: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
+    return lambda *_: torch.from_numpy(philox_normal(seed, next(draws), math.prod(shape))).view(shape)
 
 
 class BrownianTree:
@@ -3515,13 +3464,13 @@ DRAWN_AHEAD = 4  # steps; more would only take memory
 
 
 def drawn_ahead(
-    pool: ThreadPoolExecutor, images: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
+    pool: ThreadPoolExecutor, streams: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
 ) -> Iterator[Any]:
-    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device. It is drawn in the pool's one thread while
-    the GPU works, from now on, and moved without waiting."""
+    """The noise (n, 4, h/8, w/8) of each (σ, next σ) in turn, on the device; streams: each image's. It is drawn in the
+    pool's one thread while the GPU works, from now on, and moved without waiting."""
 
     def draw(request: tuple[Any, Any]) -> Any:
-        noise = torch.stack([image(*request) for image in images])
+        noise = torch.stack([draw_one(*request) for draw_one in streams])
         return noise.pin_memory() if torch.device(device).type == "cuda" else noise
 
     def take() -> Iterator[Any]:
@@ -3554,31 +3503,25 @@ def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tupl
     return network_sigmas, asked
 
 
-class Scheduler:
+class SamplerAsScheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one. Runs the last `run`
-    of a schedule's steps, by default all."""
+    of a schedule's steps, by default all. config: the checkpoint's."""
 
-    def __init__(
-        self,
-        sampling: Sampling,
-        steps: int,
-        prediction_type: str = "epsilon",
-        zero_snr: bool = False,
-        run: int | None = None,
-    ) -> None:
-        self.sampler, self.prediction_type = SAMPLERS[sampling.sampler], prediction_type
-        levels = NoiseLevels.of_sdxl(self.sampler.every, zero_snr)
-        schedule = self.sampler.uniform if sampling.schedule == "Uniform" else SCHEDULES[sampling.schedule]
-        self.sigmas = schedule(steps + self.sampler.drops_next_to_last, levels)
-        if self.sampler.drops_next_to_last:
+    def __init__(self, sampling: Sampling, steps: int, config: Mapping[str, Any], run: int | None = None) -> None:
+        self.sampler = sampler = sampling.sampler
+        self.v_prediction = config.get("prediction_type") == "v_prediction"
+        levels = NoiseLevels(sampler.every, config.get("rescale_betas_zero_snr", False))
+        schedule = sampler.uniform if sampling.schedule == "Uniform" else sampling.schedule
+        self.sigmas = levels.schedule(schedule, steps + sampler.drops_next_to_last)
+        if sampler.drops_next_to_last:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         self.span = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()  # of all steps, run or not
         run = run or steps
         if run < steps:
             self.sigmas = self.sigmas[-run - 1 :]
         first = self.sigmas[0]
-        self.init_noise_sigma = first if self.sampler.starts_at_sigma else (1 + first**2) ** 0.5
-        self.network_sigmas, self.noise_requests = rehearse(self.sampler.run, self.sigmas)
+        self.init_noise_sigma = first if sampler.starts_at_sigma else (1 + first**2) ** 0.5
+        self.network_sigmas, self.noise_requests = rehearse(sampler.run, self.sigmas)
         self.timesteps = levels.time_of(torch.stack(self.network_sigmas))  # float32 (network calls,)
         self.order = max(1, round(len(self.timesteps) / run))  # network calls a step
         self.noise: Iterator[Any] = iter(())  # one tensor for each of noise_requests
@@ -3596,7 +3539,7 @@ class Scheduler:
     def step(self, model_output: Any, _timestep: Any, sample: Any, return_dict: bool = False) -> tuple[Any]:  # noqa: ARG002
         """From the network's output for x to the next x that it is to see, and in the end to the image's latents."""
         sigma = self.network_sigmas[self._calls]
-        if self.prediction_type == "v_prediction":  # VDenoiser.get_scalings
+        if self.v_prediction:  # VDenoiser.get_scalings
             denoised = sample / (sigma**2 + 1) - model_output * (sigma / (sigma**2 + 1) ** 0.5)
         else:
             denoised = sample - model_output * sigma
@@ -3611,27 +3554,27 @@ class Scheduler:
             return (end.value,)
 
 
-def build_diffusers_scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
-    """One of DIFFUSERS_SAMPLERS on the checkpoint's own configuration, whose prediction type stays."""
-    kind, extra = DIFFUSERS_SAMPLERS[name]
+def build_diffusers_scheduler(sampling: Sampling, config: Mapping[str, Any], steps: int) -> Any:
+    """diffusers' own class on the checkpoint's own configuration, whose prediction type stays."""
+    kind, changes = sampling.sampler.diffusers
     if steps == 1:  # a single linspace or leading step is at t = 0 or 1, where there is no noise to take away
-        extra = extra | {"timestep_spacing": "trailing"}
-    return getattr(diffusers, kind).from_config(config, **extra)
+        changes = changes | {"timestep_spacing": "trailing"}
+    return getattr(diffusers, kind).from_config(config, **changes)
 
 
 @contextmanager
 def float32_outside(pipe: Any) -> Iterator[None]:
     """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type. In
     the end the pipeline has its own scheduler again, and with it nothing of the run's tensors."""
-    own_scheduler = pipe.scheduler
-    into = pipe.unet.register_forward_pre_hook(lambda unet, args: (args[0].to(unet.dtype), *args[1:]))
-    out_of = pipe.unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:]))
-    try:
-        yield
-    finally:
-        into.remove()
-        out_of.remove()
-        pipe.scheduler = own_scheduler
+    own_scheduler, unet = pipe.scheduler, pipe.unet
+    with (
+        unet.register_forward_pre_hook(lambda _unet, args: (args[0].to(unet.dtype), *args[1:])),
+        unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:])),
+    ):
+        try:
+            yield
+        finally:
+            pipe.scheduler = own_scheduler
 
 
 @dataclass(frozen=True)
@@ -3668,7 +3611,7 @@ def denoise(
 ) -> Any:
     """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch.
     on_step is told how many of the pass's steps were launched."""
-    pipe, sampling, config = engine.pipe, read_sampling(request.scheduler), engine.scheduler_config
+    pipe, sampling, config = engine.pipe, request.scheduler, engine.scheduler_config
     shape = (pipe.unet.config.in_channels, stage.height // 8, stage.width // 8)
     streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
     latents = torch.stack([draw() for draw in streams])
@@ -3681,20 +3624,17 @@ def denoise(
 
     with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe):
         if sampling.schedule:
-            zero_snr = config.get("rescale_betas_zero_snr", False)
-            scheduler = Scheduler(sampling, stage.steps, config["prediction_type"], zero_snr, stage.run)
+            scheduler = SamplerAsScheduler(sampling, stage.steps, config, stage.run)
             if scheduler.sampler.brownian:
-                images = [BrownianTree(request.rng, seed, *scheduler.span, shape).noise for seed in request.seeds]
-            else:
-                images = [lambda *_, draw=draw: draw() for draw in streams]
-            scheduler.noise = drawn_ahead(pool, images, scheduler.noise_requests, pipe._execution_device)
+                streams = [BrownianTree(request.rng, seed, *scheduler.span, shape).noise for seed in request.seeds]
+            scheduler.noise = drawn_ahead(pool, streams, scheduler.noise_requests, pipe._execution_device)
             if stage.latents is not None:
                 latents = stage.latents + latents.to(stage.latents.device) * scheduler.sigmas[0]
                 scheduler.init_noise_sigma = 1.0
             if stage.mask is not None:
                 scheduler.keep = lambda denoised: torch.where(stage.mask, denoised, stage.latents)
         else:
-            scheduler = build_diffusers_scheduler(sampling.sampler, config, stage.steps)
+            scheduler = build_diffusers_scheduler(sampling, config, stage.steps)
         pipe.scheduler = scheduler
         latents = pipe(
             prompt_embeds=conditioning.prompt.embeds,
@@ -3920,15 +3860,15 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
     Fields in A1111's order, values quoted by its rule. Civitai's own list, by which it links an image to its models,
     comes last: its parser takes the JSON up to the first "}]".
     """
-    sampling, checkpoint = read_sampling(request.scheduler), models[0]
+    sampling, checkpoint = request.scheduler, models[0]
     hashes = {
         kind: ", ".join(str(model) for model in models if model.kind == kind and model.short_hash)
         for kind in ("lora", "embed")
     }
-    plain = str(sampling) == sampling.sampler  # which A1111 and this worker read as the sampler alone
+    plain = str(sampling) == sampling.name  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
-        "Sampler": sampling.sampler,
+        "Sampler": sampling.name,
         "Schedule type": "" if plain else sampling.schedule,
         "CFG scale": repr(request.guidance_scale).removesuffix(".0"),
         "Seed": seed,
@@ -4102,7 +4042,7 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
         if sampler == "DDIM" and not own:
             schedule = "Uniform"  # A1111's, which knows no other; alone it would be diffusers'
         try:
-            sampler = str(read_sampling(sampler, schedule))
+            sampler = str(read_sampling("Sampler", sampler, schedule))
         except InvalidInput:  # where it is for the sampler, the field's check says so
             if schedule:
                 warnings.append(f"the recipe's Schedule type {shown(schedule)} is not here for {shown(sampler)}")
@@ -4473,11 +4413,6 @@ def seed_or_random(name: str, value: Any) -> int:
     return int(number(0, MAX_SEED - 1, whole=True)(name, value))
 
 
-def sampler_name(name: str, value: Any) -> str:
-    """A sampler with its schedule in any spelling, as answers name it: "dpmpp_2m_karras" -> "DPM++ 2M Karras"."""
-    return str(read_sampling(value, field=name))
-
-
 def strength_above_0(name: str, value: Any) -> float:
     """A strength: how much of the noise a picture gets, up to 1."""
     if (strength := number(0, 1)(name, value)) == 0:
@@ -4607,7 +4542,7 @@ class JobRequest:
     guidance_scale: float = job_field(number(1, 30), 4.5, also=("cfg_scale",))
     seed: int = job_field(seed_or_random, None, answered=False)  # the answer has one for each image
     num_images: int = job_field(number(1, 4, whole=True), 1, also=("batch_size",), answered=False)
-    scheduler: str = job_field(sampler_name, DEFAULT_SCHEDULER, also=("sampler", "sampler_name"))
+    scheduler: Sampling = job_field(read_sampling, DEFAULT_SCHEDULER, also=("sampler", "sampler_name"))
     clip_skip: int = job_field(number(1, 12, whole=True), 2)
     rng: str = job_field(one_of(("cpu", "gpu")), "cpu")
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
@@ -4665,6 +4600,7 @@ class JobRequest:
     def described(self) -> dict[str, Any]:
         """What the answer's metadata repeats of the input."""
         answered = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
+        answered["scheduler"] = str(self.scheduler)
         if self.hires:
             answered["hires"] = vars(self.hires)
         return {name: value for name, value in answered.items() if value is not None}
@@ -4681,7 +4617,7 @@ def given_fields(
     refuse_unknown(given, ["parameters", *chain(*names.values())])
     given, recipe, warnings = dict(given), {}, []
     if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
-        sampling = read_sampling(given.pop("sampler_name"), given.pop("scheduler"), "sampler_name with scheduler")
+        sampling = read_sampling("sampler_name with scheduler", given.pop("sampler_name"), given.pop("scheduler"))
         given["sampler"] = str(sampling)
     if "parameters" in given:
         recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
@@ -4718,15 +4654,14 @@ def check_prompt(name: str, prompt: str, warnings: list[str]) -> str:
 def check_passes(values: Mapping[str, Any], called: Mapping[str, str]) -> None:
     """Raises InvalidInput for fields of pictures and hires that do not go together. called: the names that they were
     given under."""
-    pictured, hires, sampling = values["image"] is not None, values["hires"], read_sampling(values["scheduler"])
+    pictured, hires, sampling = values["image"] is not None, values["hires"], values["scheduler"]
     for name in ("strength", "mask"):
         if values[name] is not None and not pictured:
             raise InvalidInput(f"{called[name]} goes with image alone: give an image, or leave it out")
     if hires and pictured:
         raise InvalidInput("hires does not go with image: give one of them")
-    if (hires or pictured) and (not sampling.schedule or sampling.sampler.startswith("K_")):
-        instead = NOISE_ONLY[sampling.sampler]
-        raise InvalidInput(f'scheduler "{sampling}" cannot be used with image or hires; nearest: "{instead}"')
+    if (hires or pictured) and sampling.instead:
+        raise InvalidInput(f'scheduler "{sampling}" cannot be used with image or hires; nearest: "{sampling.instead}"')
     if not hires:
         return
     last = plan_passes(JobRequest(**values))[-1]

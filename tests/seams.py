@@ -221,21 +221,21 @@ def job_chunks(tokenizers: list[Any], prompt: str, long_prompt: str) -> list[lis
 
 # --- sampling
 
-SAMPLERS = [name for name in handler.SAMPLERS if not name.startswith("K_")]  # all that k-diffusion has
+SAMPLERS = [name for name, one in handler.SAMPLERS.items() if one.run and not name.startswith("K_")]  # k-diffusion's
 SCHEDULES = list(handler.SCHEDULES)  # so that none goes untried
-SAMPLING_NAMES = sorted({str(name) for name in handler.spelled_samplings().values()})  # what the README lists
-OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"]  # the official worker\'s names
+SAMPLING_NAMES = sorted({str(name) for name in handler.known_samplings().values()})  # what the README lists
+OFFICIAL = ["PNDM", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"]  # the official worker's names
 OFFICIAL += ["DPMSolverMultistep", "DPMSolverSinglestep"]
 
 
 def sampling_name(sampler: Any, schedule: Any = None) -> str:
     """The one name of a sampler and a schedule, however they are spelled. Raises InvalidInput."""
-    return str(handler.read_sampling(sampler, schedule))
+    return str(handler.read_sampling("scheduler", sampler, schedule))
 
 
 def diffusers_scheduler(name: str, config: Any, steps: int) -> Any:
     """diffusers' own scheduler behind one of the names that stay diffusers'."""
-    return handler.build_diffusers_scheduler(name, config, steps)
+    return handler.build_diffusers_scheduler(handler.read_sampling("scheduler", name), config, steps)
 
 
 def philox_normal(seed: int, draw: int, count: int) -> torch.Tensor:
@@ -252,7 +252,7 @@ def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterat
 
 def scheduler(name: str, steps: int) -> Any:
     """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
-    return handler.Scheduler(handler.read_sampling(name), steps)
+    return handler.SamplerAsScheduler(handler.read_sampling("scheduler", name), steps, {})
 
 
 def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
@@ -282,8 +282,9 @@ def denoise(
 ) -> torch.Tensor:
     """The latents (n, 4, 8, 8) of the denoising loop, without guidance and on empty prompts. stage: what else is said
     of the pass: run, latents, mask."""
-    request = SimpleNamespace(scheduler=name, steps=steps, seeds=seeds, num_images=len(seeds), rng=rng)
+    request = SimpleNamespace(steps=steps, seeds=seeds, num_images=len(seeds), rng=rng)
     request.width = request.height = 64
+    request.scheduler = handler.read_sampling("scheduler", name)
     request.guidance_scale, request.eta_noise_seed_delta = 1.0, delta
     config = engine.pipe.unet.config
     pooled = torch.zeros(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)

@@ -40,7 +40,7 @@ def test_official_job_without_the_refiner_runs_unchanged():
     gone = (*NOT_HERE, "image_url", "strength")  # the last two go with a picture
     request = seams.parse({name: value for name, value in OFFICIAL.items() if name not in gone})
     assert (request.steps, request.guidance_scale, request.seeds) == (25, 7.5, [42])
-    assert request.scheduler == "K_EULER"
+    assert str(request.scheduler) == "K_EULER"
 
 
 @pytest.mark.parametrize("name", NOT_HERE)
@@ -52,7 +52,7 @@ def test_official_fields_without_a_counterpart_are_refused_by_name(name):
 @pytest.mark.parametrize("name", OFFICIAL_SCHEDULERS)
 def test_official_schedulers_are_known(name):
     """The official worker's scheduler names are accepted as they are."""
-    assert seams.parse({"prompt": "a", "scheduler": name}).scheduler == name
+    assert str(seams.parse({"prompt": "a", "scheduler": name}).scheduler) == name
 
 
 def test_klms_is_refused_with_the_nearest():
@@ -70,7 +70,7 @@ def test_a1111_names_are_accepted():
     """cfg_scale, sampler_name, batch_size and seed -1 mean here what they mean in txt2img."""
     job = {"prompt": "a (cat:1.2)", "cfg_scale": 7, "sampler_name": "DPM++ 2M Karras", "batch_size": 2, "seed": -1}
     request = seams.parse({**job, "width": 832, "height": 1216, "steps": 30})
-    assert (request.guidance_scale, request.scheduler, request.num_images) == (7.0, "DPM++ 2M Karras", 2)
+    assert (request.guidance_scale, str(request.scheduler), request.num_images) == (7.0, "DPM++ 2M Karras", 2)
     assert request.seeds[1] == (request.seeds[0] + 1) % 2**32
 
 
@@ -90,4 +90,4 @@ def test_a1111_fields_without_a_counterpart_are_refused_by_name(field):
 )
 def test_a1111_pair_of_sampler_and_schedule(sampler, schedule, name):
     """A1111 1.9's two fields are one here; its Automatic is the sampler's own schedule, Karras for DPM++ 2M."""
-    assert seams.parse({"prompt": "a", "sampler_name": sampler, "scheduler": schedule}).scheduler == name
+    assert str(seams.parse({"prompt": "a", "sampler_name": sampler, "scheduler": schedule}).scheduler) == name
