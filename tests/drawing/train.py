@@ -1,5 +1,5 @@
-"""Trains the model that draws, from fixed seeds, on two CPU cores: 47 minutes of CPU time in each of two processes,
-and some six more for decoder and LoRA.
+"""Trains the model that draws, from fixed seeds, on two CPU cores: 48 minutes of CPU time in each of two processes,
+and some five more for decoder and LoRA.
 
     python tests/drawing/train.py --out FOLDER                  all stages, one after the other
     python tests/drawing/train.py --out FOLDER --stage shapes   one stage; it begins with what the stage before it wrote
@@ -14,8 +14,8 @@ outlines    a LoRA on the finished model
 Two processes with one thread each share every step and average their gradients: on two cores that is faster than one
 process with two threads. No prompt in training is longer than CLIP's window, none is blended or concatenated.
 
-The committed weights are from these stages, on cores that other work used too: each stage went on for as long as there
-was time. Another machine rounds otherwise, so that its weights are as good but not the same to the bit.
+The committed weights are from these stages, run once from start to end. Another machine rounds otherwise, so that its
+weights are as good but not the same to the bit.
 """
 
 from __future__ import annotations
