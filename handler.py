@@ -2776,11 +2776,11 @@ def merge_alike(states: Any, most: int) -> Any:
     first = np.arange(len(states))  # of those that are joined before all others, to which each state belongs
     if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
         seen: dict[bytes, int] = {}
-        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.cpu().numpy())])
+        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.detach().cpu().numpy())])
         joined = np.flatnonzero(equal != first)[most - len(first) :]  # no fewer than `most` are left
         first[joined] = equal[joined]
     left, group, sizes = np.unique(first, return_inverse=True, return_counts=True)
-    own = states[torch.from_numpy(left).to(states.device)]
+    own = states.detach()[torch.from_numpy(left).to(states.device)]  # who is like whom has no gradient, a mean may
     norms = own.norm(dim=1, keepdim=True)
     directions = torch.where(norms.isfinite(), own / norms.clamp_min(1e-30), 0.0)
     norms = norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15)

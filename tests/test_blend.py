@@ -209,3 +209,14 @@ def test_thousands_of_equal_states_end_at_once():
     started = time.process_time()
     blend([chunk] * 1_100, [1] * 1_100)
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("count", [3, 1_100])
+def test_states_of_an_encoder_with_gradients(count):
+    """Blended as others are, few or thousands, and the gradient reaches every chunk."""
+    chunks = torch.randn(count, 1, 77, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    counts = [75 if count == 3 else 1] * count
+    blended = blend([*chunks], counts)
+    assert torch.equal(blended, blend([*chunks.detach()], counts))
+    blended.sum().backward()
+    assert (chunks.grad.flatten(1) != 0).any(dim=1).all()
