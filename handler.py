@@ -5053,7 +5053,7 @@ def warm_up() -> int:
     with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
         side = 1024 if torch.cuda.is_available() else 256
         request = JobRequest.parse({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
-        images, _ = generate(engine, request, Timings(), Observer())
+        images, _ = generate(engine, request, JobModels(), Timings(), Observer())
     encode_images(images, [""], request.image_format)
     return settings.jobs_in_flight
 

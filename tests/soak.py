@@ -5,7 +5,8 @@
     python tests/soak.py --jobs 0 --stops 500 --light       without models, so that it is quick
 
 Every job must be answered exactly once and as its kind asks, a fixed control job every hundred must give the same
-image, and the worker's memory must stay where it was after the first hundred. Prints a line per hundred jobs.
+image, and the worker's memory must stay where it was after the first hundred. A third of the jobs name models by
+Civitai's ids, which come and go: the store keeps half of them. Prints a line per hundred jobs.
 
 --stops stops jobs at random moments, from before they are taken to their answer's post: none of them may be posted
 afterwards, every other job must be answered once, and the control job must give the same image.
@@ -14,30 +15,38 @@ afterwards, every other job must be answered once, and the control job must give
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import numpy as np  # noqa: E402
 import seams  # noqa: E402
+from civitai_server import CivitaiServer, Fault  # noqa: E402
 from runpod_server import RunPodServer, Worker  # noqa: E402
+from world import API_KEY, World, build_world, write_bad_lora, write_lora, write_tensors  # noqa: E402
 
 CONTROL = {"prompt": "a lighthouse at dusk", "width": 256, "height": 320, "steps": 3, "seed": 7, "num_images": 2}
 WORDS = ("red", "brick", "house", "by", "the", "sea", "violet", "(otters:1.3)", "and", "[ships]", "BREAK")
+EMBEDDING_WIDTHS = {"clip_l": 32, "clip_g": 64}
 SIDES = (256, 288, 320)  # few: on a CPU, oneDNN keeps compiled code for every shape it has met
 STOP_S = 1.0  # until a stopped job's open posts are closed
 OUT_OF_MEMORY_WIDTH = 576  # breakable_worker.py's UNet fails at it
 
 
-def random_job(dice: random.Random, loras: list[str]) -> tuple[dict[str, Any], str]:
-    """A job's input, and the code of its answer: "" for a good one."""
+def random_job(
+    dice: random.Random, loras: list[str], ids: Sequence[tuple[str, int, str]] = ()
+) -> tuple[dict[str, Any], str]:
+    """A job's input, and the code of its answer: "" for a good one. ids: field, version id and code of models at
+    Civitai."""
     job: dict[str, Any] = {
         "prompt": " ".join(dice.choices(WORDS, k=dice.choice((1, 5, 20, 120)))),
         "negative_prompt": " ".join(dice.choices(WORDS, k=dice.choice((0, 0, 10, 100)))),
@@ -60,7 +69,50 @@ def random_job(dice: random.Random, loras: list[str]) -> tuple[dict[str, Any], s
         return {**job, "width": OUT_OF_MEMORY_WIDTH}, "OUT_OF_MEMORY"
     if kind < 0.10:
         return {**job, **dice.choice(({"steps": 0}, {"promt": "x"}, {"width": 1023}, {"seed": 1e400}))}, "INVALID_INPUT"
-    return job, ""
+    code = ""
+    if ids and dice.random() < 0.3:
+        *_, code = last = dice.choice(ids)
+        for field, version, _ in [*dice.sample([one for one in ids if not one[2]], 2), last]:
+            entries = [entry for entry in job.get(field, []) if entry.get("civitai") != version]
+            job[field] = [*entries, {"civitai": version}]
+            job["prompt"] += " mood" * (field == "embeddings")
+    return job, code
+
+
+class Shop:
+    """Civitai with models that jobs name by id, of which the worker may keep half; some cannot be had or used."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        files = dict(world.files)
+        for version in range(1001, 1009):
+            files[version] = write_lora(folder / f"{version}.safetensors", strength=0.2, seed=version)
+        for version in range(2001, 2004):
+            tensors = {
+                part: np.full((2, width), version / 9999, np.float16) for part, width in EMBEDDING_WIDTHS.items()
+            }
+            files[version] = write_tensors(folder / f"mood{version}.safetensors", tensors)
+        files[3001] = write_bad_lora(folder / "3001.safetensors", "sd15")
+        self.server, self.store = CivitaiServer(files, key=API_KEY), folder / "store"
+        self.room = sum(files[version].stat().st_size for version in range(1001, 1009)) // 2
+        self.ids = [("loras", version, "") for version in range(1001, 1009)]
+        self.ids += [("embeddings", version, "") for version in range(2001, 2004)]
+        self.ids += [("loras", 3001, "INVALID_INPUT"), ("loras", 4001, "DOWNLOAD_FAILED")]
+
+    def environ(self, world: World) -> dict[str, str]:
+        """A worker's settings, with a store of its own but for the checkpoint."""
+        places = {"CHECKPOINT_DIR": str(world.checkpoint.parent), "MODEL_CACHE_DIR": str(self.store)}
+        return world.environ(self.server.url) | places | {"JOB_MODELS_GB": f"{self.room / 1e9:.6f}"}
+
+    def disturb(self, dice: random.Random) -> None:
+        """What a few of the next downloads meet."""
+        for version in dice.sample(range(1001, 1009), 3):
+            faults = [Fault("cdn", status=503), Fault("cdn", cut_after=900, reset=True), Fault("info", status=451)]
+            self.server.faults[version] = dice.sample(faults, 1)
+
+    def check(self) -> None:
+        """Raises AssertionError where jobs' files take more than their room, but for one that is coming."""
+        files = [*self.store.glob("*/civitai_*.safetensors")]
+        assert sum(file.stat().st_size for file in files) <= self.room, files
 
 
 def resident_mb(worker: Worker) -> float:
@@ -69,14 +121,16 @@ def resident_mb(worker: Worker) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1000
 
 
-def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, every: int = 100) -> list[float]:
+def soak(
+    server: RunPodServer, worker: Worker, loras: list[str], jobs: int, every: int = 100, shop: Shop | None = None
+) -> list[float]:
     """Serves the jobs, `every` of them queued at a time; returns the memory after each lot. Raises AssertionError."""
     dice, memory, controls = random.Random(0), [], []
     for _ in range(jobs // every):
         started = time.monotonic()
         wanted: dict[str, str] = {}
         for _ in range(every - 1):
-            job, code = random_job(dice, loras)
+            job, code = random_job(dice, loras, shop.ids if shop else ())
             job_id = server.submit(job)
             wanted[job_id] = code
             if dice.random() < 0.05:
@@ -85,6 +139,9 @@ def soak(server: RunPodServer, worker: Worker, loras: list[str], jobs: int, ever
         for job_id, code in wanted.items():
             result = server.result(job_id, timeout=600)
             assert result["output"].get("code", "") == code, (result.get("error"), server.jobs[job_id].envelope)
+        if shop:
+            shop.check()
+            shop.disturb(dice)
         controls.append(server.result(server.submit(CONTROL), timeout=600)["output"]["images"])
         memory.append(resident_mb(worker))
         print(f"{len(server.jobs)} jobs, {time.monotonic() - started:.0f} s, {memory[-1]:.0f} MB", flush=True)
@@ -140,30 +197,28 @@ def soak_stops(
 
 
 def main() -> None:
-    from world import build_world
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--light", action="store_true", help="stops alone")
     options = parser.parse_args()
-    environ, script = {}, "light_worker.py"
-    if not options.light:
-        environ = build_world(TESTS / ".cache").environ()
-        environ |= {"LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
-        script = "breakable_worker.py"
     loras = ["Detail Tweaker XL", "hand_detail_flux_xl", "boring_reality_v3"]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        RunPodServer() as server,
-        Worker(server, Path(folder), environ, str(TESTS / script)) as worker,
-    ):
+    with contextlib.ExitStack() as stack:
+        folder, server = Path(stack.enter_context(tempfile.TemporaryDirectory())), stack.enter_context(RunPodServer())
+        environ, script, shop = {}, "light_worker.py", None
+        if not options.light:
+            world = build_world(TESTS / ".cache")
+            shop = Shop(world, folder)
+            stack.enter_context(shop.server)
+            environ = shop.environ(world) | {"LORAS": "135867@1.5,294259,348625@0.3", "OMP_NUM_THREADS": "1"}
+            script = "breakable_worker.py"
+        worker = stack.enter_context(Worker(server, folder, environ, str(TESTS / script)))
         worker.ready(300)
         make = light_job if options.light else lambda dice: random_job(dice, loras)[0]
         print(soak_stops(server, worker, make, options.stops))
         if not options.jobs:
             return
-        memory = soak(server, worker, loras, options.jobs)
+        memory = soak(server, worker, loras, options.jobs, shop=shop)
         print(f"{len(server.jobs)} jobs answered once each; memory {memory[0]:.0f} -> {memory[-1]:.0f} MB")
         assert max(memory[1:], default=0) < 1.05 * memory[0], "memory grows"
 
