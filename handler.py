@@ -55,7 +55,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
@@ -478,16 +478,14 @@ def gpu_is_lost() -> bool:
 # store
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
-SEGMENT, LONGEST_RUN, BLOCK = MIB, 32, MIB // 4  # bytes that a mark stands for; segments a request; bytes a read
-FEW, MANY, FAST, JUDGED_S = 8, 24, 16 * MB, 0.2  # connections of all files; bytes/s at which few of them are enough
-CONNECT_S, STALL_S, LISTING_S, LOOK_S = 10.0, 30.0, 5.0, 10.0  # STALL_S is also what a block may take
+SEGMENT, BLOCK = MIB, MIB // 4  # bytes that a mark stands for; bytes a read
+FEW, MANY = 8, 24  # connections of all files: at first; where they are slow
+STALL_S, LISTING_S = 30.0, 5.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
 PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
-SILENT_S = 24 * 3600.0  # after which a worker elsewhere will not come back to its part
-IN_USE_S = 120.0  # for which another worker may be reading a job's file: jobs read theirs into memory at once
-REPORT_S, HASH_BYTES, HASH_POLL_S, HEADER_BYTES = 5.0, 16 * MIB, 0.01, 32
+REPORT_S, HASH_BYTES, HEADER_BYTES = 5.0, 16 * MIB, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
@@ -512,7 +510,7 @@ def fetch_models(settings: Settings) -> ModelFiles:
     store = Store(settings)
     store.sweep()
     store.downloads = [*store.configured]
-    wait([in_background(download.look) for download in store.downloads], timeout=LOOK_S)
+    wait([in_background(download.look) for download in store.downloads], timeout=10)  # seconds
     with disk_errors(store.downloads[0]):
         store.check_space()
     checkpoint, *others = [in_background(download.ensure) for download in store.downloads]
@@ -557,7 +555,10 @@ def download_file(url: str, filepath: Path) -> None:
     Raises DownloadError; filepath never holds a partial or wrong file.
     """
     store, path = Store(Settings.from_environ()), Path(filepath)
-    store.ensure(Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent), again=True)
+    download = Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent)
+    with suppress(OSError):  # there is none, or the store cannot be used, which ensure says
+        download.outdated = path.stat().st_ino
+    store.ensure(download)
 
 
 class Store:
@@ -582,13 +583,12 @@ class Store:
         self.configured = [Download(self, config, folder) for config, folder in folders]
         self.downloads: list[Download] = []  # that share the space
 
-    def ensure(self, download: Download, again: bool = False) -> Path:
-        """The path of a download's file, fetched where it is not in place, or `again`; for many threads at once.
-        Raises DownloadError; of a job's file what admit raises, too."""
+    def ensure(self, download: Download) -> Path:
+        """Download.ensure with its progress; for many threads at once."""
         self.downloads.append(download)
         try:
             with progress([download]):
-                return download.ensure(again)
+                return download.ensure()
         finally:
             self.downloads.remove(download)
 
@@ -596,24 +596,23 @@ class Store:
         """The path of a model that a job names by its version id, fetched where it is not in place; for many threads
         at once. It is to be read at once: the file goes when another job's needs its room.
 
-        config: civitai_config(version). folder: settings.lora_dir or settings.embedding_dir, which tells what the model
-        must be. Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be
-        had; the worker stays usable.
+        config: civitai_config(version). folder: the LoRAs' or the embeddings', which tells what the model must be.
+        Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be had.
         """
         for known in LORA_CONFIGS:  # whose file has a name of its own
             if version_id(known) == version_id(config) and (folder / known["filename"]).exists():
                 config = known
         download = Download(self, config, folder)
+        download.patience_s = JOB_PATIENCE_S
         with self.making_room:
             file = JobFile.read(download.path)
-            configured = download.path in {one.path for one in self.configured}
-            configured |= not file and download.path.exists()  # by another endpoint that shares the store
-            if not configured and not self.settings.job_models_bytes:
+            by_another_endpoint = not file and download.path.exists()  # one that shares the store has configured it
+            download.of_job = not by_another_endpoint and all(download.path != one.path for one in self.configured)
+            if download.of_job and not self.settings.job_models_bytes:
                 raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
             if file:  # note the use, but make no new mark: a start that configures the file deletes it
                 with suppress(OSError), beside(download.path, "job").open("r+") as mark:
                     mark.write(f"{self.user} {file.size}\n")
-        download.patience_s, download.of_job = JOB_PATIENCE_S, not configured
         try:
             with disk_errors(download):
                 in_place = not download.problem()
@@ -624,13 +623,13 @@ class Store:
             raise failure from error
 
     def admit(self, download: Download, kind: str) -> None:
-        """Makes room for a job's file among those that jobs have brought: the least recently used go, but for those
-        that another worker fetches or may be reading. Its mark keeps the room from now on.
+        """Makes room for a job's file, which its mark keeps from now on: of the idle ones that jobs have brought the
+        least recently used go. Raises InvalidInput for another kind than its folder holds and for a file that is too
+        large, DownloadFailed where its size is unknown or there is no room.
 
-        kind: its model's type at Civitai, "" where unknown. Raises InvalidInput for another kind than its folder holds
-        and for a file that is larger than a job's may be, DownloadFailed where its size is unknown or there is no room.
+        kind: its model's type at Civitai, "" where unknown.
         """
-        path, size, limit = download.path, download.size, self.settings.job_models_bytes
+        path, size, limit = download.path, download.source.size, self.settings.job_models_bytes
         wanted = ("LORA", "LoCon", "DoRA") if path.parent == self.settings.lora_dir else ("TextualInversion",)
         if kind not in ("", "Other", *wanted):
             raise InvalidInput(f"{download} must be a {' or '.join(wanted)}, but Civitai lists it as {kind}")
@@ -644,8 +643,7 @@ class Store:
         with self.making_room:
             write_whole(path, "job", f"{self.user} {size}\n")
             now = beside(path, "job").stat().st_mtime  # by the file server's clock
-            folders = {self.settings.lora_dir, self.settings.embedding_dir}
-            marks = chain(*(folder.glob(".*.job") for folder in folders))
+            marks = chain(*(one.glob(".*.job") for one in {self.settings.lora_dir, self.settings.embedding_dir}))
             files = [file for mark in marks if (file := JobFile.read(mark.with_name(mark.name[1:-4])))]
             idle = sorted(file for file in files if file.path != path and file.is_idle(self.user, now))
             excess = sum(file.size for file in files) - limit
@@ -672,19 +670,25 @@ class Store:
                 continue
             with suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
                 silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime  # by the file server's clock
-                if silent_s > SILENT_S or is_gone(StoreLock(path).read()):
+                if silent_s > 24 * 3600 or is_gone(StoreLock(path).read()):
                     file.unlink()  # the lock, which says who the worker was, is the last in order
                     log.info("%s is left of a download that nobody resumes: deleted", file.name)
 
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
-        volumes: dict[int, tuple[Path, list[Download]]] = {}
+        volumes: dict[int, tuple[Path, dict[Download, float]]] = {}
         for download in self.downloads:
-            if download.size < math.inf and not download.fetched:
-                folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
-                volumes.setdefault(folder.stat().st_dev, (folder, []))[1].append(download)
-        for folder, (first, *others) in volumes.values():
-            volume, needed = os.statvfs(folder), sum(download.needs() for download in (first, *others))
+            if download.source.size == math.inf or download.fetched:
+                continue
+            missing = download.source.size
+            for file in (download.path, *left_of(download.path)):  # parts are resumed or deleted, a file is replaced
+                with suppress(FileNotFoundError):
+                    missing -= file.stat().st_blocks * 512
+            folder = next(folder for folder in download.path.parents if folder.exists())  # more would be made
+            volumes.setdefault(folder.stat().st_dev, (folder, {}))[1][download] = max(0, missing)
+        for folder, missing_bytes in volumes.values():
+            first, *others = missing_bytes
+            volume, needed = os.statvfs(folder), sum(missing_bytes.values())
             free = volume.f_bavail * volume.f_frsize
             if volume.f_blocks and needed > free:  # some network file systems tell nothing
                 raise DownloadError(
@@ -695,7 +699,7 @@ class Store:
     def get(self, url: str, byte_range: str = "", stall_s: float | None = None) -> Any:
         """The open response at the end of at most 5 redirects, to https or this very machine alone; the key goes to
         Civitai's origin alone. Raises Fault."""
-        options = {"allow_redirects": False, "stream": True, "timeout": (CONNECT_S, stall_s or STALL_S)}
+        options = {"allow_redirects": False, "stream": True, "timeout": (10, stall_s or STALL_S)}  # seconds
         for _ in range(6):
             with network_faults():
                 at_home = self.key and origin(url) == origin(self.base_url)
@@ -763,12 +767,11 @@ def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
     ended, terminal = threading.Event(), sys.stderr if sys.stderr.isatty() else None
     options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 0.1}  # no bar where nothing is fetched
-    if not terminal:
-        options["bar_format"] = "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
+    line = None if terminal else "{desc}: {percentage:.0f} % of {total_fmt}B, {rate_fmt}, {remaining} left"
 
     def report() -> None:
         next_line = time.monotonic() + REPORT_S
-        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), **options) as bar:
+        with tqdm.tqdm(desc="models", file=terminal or io.StringIO(), bar_format=line, **options) as bar:
             while not ended.wait(0.1):
                 parts = [download.part for download in downloads if download.part]
                 bar.total = sum(part.expected for part in parts)
@@ -785,11 +788,11 @@ def progress(downloads: list[Download]) -> Iterator[None]:
 
 
 def read_ahead(path: Path, readers: Places) -> None:
-    """Brings a file into the page cache by large reads, two at a time; up to eight where they are slow.
+    """Brings a file into the page cache by large reads, which nobody waits for: two at a time, up to eight where every
+    read waits for a server. Two fill a local disk, where more would keep the imports from it.
 
-    from_single_file maps the file, which then comes page by page: five times as slow on a cold local disk, and far
-    worse on a network volume. There every read waits for the server, and many side by side help; two fill a local
-    disk, where more would keep the imports from it. Nobody waits for this: mapped pages come no later for it.
+    from_single_file maps the file: page by page it comes five times as slowly from a cold local disk, and far worse
+    from a network volume.
     """
     offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
@@ -834,14 +837,13 @@ def write_whole(path: Path, kind: str, text: str) -> None:
 
 
 def read_record(path: Path) -> tuple[str | None, str, bool]:
-    """The recorded hash of a file, if any, its name at Civitai, "" where unknown, and whether it is untouched since.
-    The times are both the file server's, so its clock does not matter."""
-    try:
+    """A file's recorded hash, if any, its name at Civitai, "" where unknown, and whether it is untouched since: both
+    times are the file server's."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that can be read
         stat, record = path.stat(), json.loads(beside(path, "json").read_bytes())
         untouched = (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
         return record["sha256"], str(record.get("name", "")), untouched
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that can be read
-        return None, "", False
+    return None, "", False
 
 
 def write_record(path: Path, stat: os.stat_result, sha256: str | None, name: str = "") -> None:
@@ -858,8 +860,7 @@ def recorded_sha256(path: Path) -> str | None:
 
 
 def listed_name(path: Path) -> str:
-    """The stem of the name that a fetched file has at Civitai, as a word of a prompt: "negativeXL_D"; "" where it is
-    unknown."""
+    """The stem of a fetched file's name at Civitai, as a word of a prompt: "negativeXL_D"; "" where it is unknown."""
     return re.sub(r"[^\w.-]+", "_", Path(read_record(path)[1]).stem)[:100]
 
 
@@ -883,12 +884,13 @@ class JobFile:
         return None
 
     def is_idle(self, user: str, now: float) -> bool:
-        """Whether no worker fetches it, and none but the user's may be reading it; now: by the file server's clock."""
+        """Whether no worker fetches it, and none but the user's may be reading it: jobs read theirs at once, so two
+        minutes are enough. now: by the file server's clock."""
         lock = StoreLock(self.path)
         with suppress(FileNotFoundError):
             if now - lock.file.stat().st_mtime < LOCK_DEAD_S and not is_gone(lock.read()):
                 return False
-        return self.user == user or is_gone(self.user) or now - self.used > IN_USE_S
+        return self.user == user or is_gone(self.user) or now - self.used > 120
 
     def delete(self) -> None:
         """Its mark goes last: a file without one counts as configured."""
@@ -974,8 +976,8 @@ def disk_errors(what: object) -> Iterator[None]:
 
 
 def read_body(response: Any, size: int, seconds: float) -> bytes:
-    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also where they take longer: a body that
-    drips for ever makes no pause that a timeout sees."""
+    """The next `size` bytes of a body; fewer at its end alone. Raises Fault, also for a body that drips for longer,
+    without a pause that a timeout sees."""
     blocks, deadline = [], time.monotonic() + seconds
     read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
     with network_faults():
@@ -1026,7 +1028,7 @@ class StoreLock:
 
     def __init__(self, path: Path) -> None:
         self.file, self.owner = beside(path, "lock"), f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.waited, self.released = False, threading.Event()
+        self.released = threading.Event()
 
     def __enter__(self) -> StoreLock:
         seen, since = "", time.monotonic()
@@ -1037,16 +1039,15 @@ class StoreLock:
                 in_background(self.beat, descriptor)
                 return self
             beat = self.read()
-            if beat != seen:
-                seen, since = beat, time.monotonic()
-            if is_gone(beat) or time.monotonic() - since > LOCK_DEAD_S:
+            if is_gone(beat) or (beat == seen and time.monotonic() - since > LOCK_DEAD_S):
                 log.warning("%s: the worker that was fetching the file is gone; taking over", self.file.name)
                 if self.read() == beat:  # else it is another's by now
                     self.file.unlink(missing_ok=True)
                 continue
-            if not self.waited:
+            if not seen:
                 log.info("%s: another worker is fetching it; waiting", self.file.name)
-            self.waited = True
+            if beat != seen:
+                seen, since = beat, time.monotonic()
             time.sleep(LOCK_POLL_S)
 
     def __exit__(self, *_: object) -> None:
@@ -1085,8 +1086,8 @@ class Part:
     """
 
     def __init__(self, path: Path, size: float, identity: str, hashed: bool) -> None:
-        """hashed: whether a hash will find lost writes in the end; else bytes of another machine, or of before this one
-        crashed, do not count."""
+        """hashed: whether a hash will find lost writes; else bytes of another machine, or from before this one's crash,
+        do not count."""
         self.path, self.size, self.hashed = path, size, hashed
         self.data, self.journal = (beside(path, f"{identity}.{kind}") for kind in ("part", "journal"))
         self.segments = 0 if size == math.inf else -(-size // SEGMENT)
@@ -1120,8 +1121,8 @@ class Part:
                 file.unlink(missing_ok=True)
 
     def check_ours(self) -> None:
-        """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: what
-        we wrote from here on would go into its file, and what we checked would be another's."""
+        """Raises FileNotFoundError where locks do nothing and another worker has published or replaced this part: we
+        would write into its file, or check another's."""
         if not os.path.samestat(os.fstat(self.bytes.fileno()), self.data.stat()):
             raise FileNotFoundError(self.data)
 
@@ -1133,7 +1134,7 @@ class Part:
         """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
         self.check_ours()
         with self.lock:
-            longest = min(max(len(self.todo) // (2 * MANY), 1), LONGEST_RUN)
+            longest = min(max(len(self.todo) // (2 * MANY), 1), 32)
             run: deque[int] = deque()
             while self.todo and len(run) < longest and (not run or self.todo[0] == run[-1] + 1):
                 run.append(self.todo.popleft())
@@ -1157,22 +1158,21 @@ class Part:
                     self.ended.set()
 
     def sha256(self) -> str:
-        """The hash of the whole file, made behind the front of what has come. Of the mapped file, as safetensors maps
-        it later: reading would copy every byte once more."""
+        """The hash of the whole file, made behind the front of what has come. Of mapped pages: reading would copy every
+        byte once more."""
         digest, at, front = hashlib.sha256(), 0, 0
         while at < self.size:
             given_up = self.ended.is_set()
             while front in self.done:
                 front += 1
-            end = min(front * SEGMENT, self.size, at + HASH_BYTES)
-            if end == at and given_up:
+            if (end := min(front * SEGMENT, self.size, at + HASH_BYTES)) > at:
+                with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
+                    digest.update(pages)
+                at = end
+            elif given_up:
                 break
-            if end == at:
-                time.sleep(HASH_POLL_S)
-                continue
-            with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
-                digest.update(pages)
-            at = end
+            else:
+                time.sleep(0.01)
         return digest.hexdigest()
 
     def publish(self, sha256: str, name: str) -> None:
@@ -1192,10 +1192,10 @@ class Part:
 class Source:
     """Where a file's bytes come from, as the server describes it."""
 
-    link: str
-    size: float  # bytes; inf where the server does not tell
-    tag: str
-    whole: Any  # the open response with the whole file, where the server has no ranges
+    link: str = ""  # "": nobody has asked yet
+    size: float = math.inf  # bytes; inf where the server does not tell
+    tag: str = ""
+    whole: Any = None  # the open response with the whole file, where the server has no ranges
 
 
 class Download:
@@ -1209,10 +1209,11 @@ class Download:
         self.url = re.sub(r"^https?://(www\.)?civitai\.com(?=/)", lambda _: store.base_url, config["url"])
         self.version = version_id(config) if self.url.startswith(f"{store.base_url}/") else ""  # "": from elsewhere
         self.sha256 = (config.get("sha256") or "").lower()  # that the file must have whatever Civitai says
-        self.source: Source | None = None
-        self.size, self.part, self.fetched = math.inf, None, False
+        self.source, self.renewing = Source(), threading.Lock()
+        self.part: Part | None = None  # of the last try
+        self.fetched = False
+        self.outdated = 0  # the inode of a file that is to be replaced, whatever it is
         self.patience_s, self.of_job = PATIENCE_S, False  # of_job: no configuration but a job asks for it
-        self.progressed(math.inf)
 
     def __str__(self) -> str:
         return f"{self.name} (Civitai model version {self.version})" if self.version else self.name
@@ -1223,13 +1224,16 @@ class Download:
         if not self.of_job:  # it is no job's file any more, which would go for the next
             with suppress(OSError):
                 beside(self.path, "job").unlink()
-        if not self.path.exists():
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
             return "is missing"
+        if stat.st_ino == self.outdated:
+            return "is to be replaced"
         recorded, listed, untouched = read_record(self.path)
         expected = self.sha256 or recorded
         if untouched and recorded == expected:
             return ""
-        stat = self.path.stat()
         if problem := content_problem(self.path, self.path.name):
             return problem
         if expected:
@@ -1240,59 +1244,49 @@ class Download:
             write_record(self.path, stat, expected, listed)
         return ""
 
-    def needs(self) -> float:
-        """Bytes that the disk still has to take: parts are resumed or deleted, an unusable file is replaced."""
-        needed = self.size
-        for file in (self.path, *left_of(self.path)):
-            with suppress(FileNotFoundError):
-                needed -= file.stat().st_blocks * 512
-        return max(0, needed)
-
     def look(self) -> None:
         """Asks for the size of a file that is not in place. What is raised here will be so again at ensure."""
-        self.source = self.ask() if self.problem() else None
+        if self.problem():
+            self.source = self.ask()
 
-    def ensure(self, again: bool = False) -> Path:
-        """The path of the file, fetched where it is not in place, or `again`. Raises DownloadError; of a job's file
-        what Store.admit raises, too."""
+    def ensure(self) -> Path:
+        """The path of the file, fetched where it is not in place. Raises DownloadError; of a job's file what
+        Store.admit raises, too."""
         with disk_errors(self):
-            while not self.fetched and (again or self.problem()):
-                again = self.take_turn(again)
+            while not self.fetched and self.problem():
+                self.take_turn()
             if not self.fetched:  # what was fetched is in the page cache
                 read_ahead(self.path, self.store.readers)
         return self.path
 
-    def take_turn(self, again: bool) -> bool:
-        """Fetches the file with patience, unless another worker has done so while this one waited; whether it is to be
-        `again`. What comes and fails its checks is thrown away and fetched once more, then refused."""
+    def take_turn(self) -> None:
+        """Fetches the file with patience, unless another worker has done so while this one waited. What comes and fails
+        its checks is thrown away and fetched once more, then refused."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with StoreLock(self.path) as lock:
-            again, refused = again and not lock.waited, 0
-            problem = "" if again else self.problem()
-            if problem and self.path.exists():
+            if self.path.exists() and not self.outdated and (problem := self.problem()):
                 log.warning("%s: the file in place %s: fetching it again", self, problem)
                 self.path.unlink()
             self.progressed(math.inf)
-            while (again or problem) and not self.fetched and refused < 2:
+            refused = False
+            while not self.fetched and self.problem():
                 try:
                     self.fetch(lock)
                 except Fault as fault:
                     time.sleep(self.bear(fault))
                 except WrongFile as wrong:
                     log.warning("%s: what came %s", self, wrong)
-                    refused, reason = refused + 1, str(wrong)
+                    if refused and self.problem():  # where locks do nothing, another worker may have brought it
+                        raise DownloadError(f"{self} was refused: what came {wrong}, twice") from wrong
+                    refused = True
                     self.progressed(math.inf)
-                    problem = self.problem()  # none where locks do nothing and another worker has brought it meanwhile
                 except FileNotFoundError:  # where locks do nothing, others publish or delete our part
                     log.warning("%s: another worker has taken it over", self)
                     time.sleep(LOCK_POLL_S)
                     break
-            if refused == 2 and (again or problem):
-                raise DownloadError(f"{self} was refused: what came {reason}, twice")
             if not self.fetched and not self.problem():  # by another worker: our part is in vain
                 for file in left_of(self.path):
                     file.unlink(missing_ok=True)
-        return again
 
     def progressed(self, left: float) -> None:
         """Bytes came, and so many are left to come: faults count from here again."""
@@ -1314,8 +1308,9 @@ class Download:
         worker has taken it over, and what check_space and admit raise."""
         started = time.monotonic()
         # 1. where it is, how long it is, and what hash it must have
-        source = self.source if self.source and not self.part and not self.source.whole else self.ask()
-        self.source = source
+        if self.part or self.source.whole or not self.source.link:  # what look has learnt serves once
+            self.source = self.ask()
+        source = self.source
         listed = Listed() if self.sha256 else self.look_up(source.size)
         expected = self.sha256 or listed.sha256
         told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
@@ -1347,15 +1342,13 @@ class Download:
         response = self.store.get(self.url, "0-0")
         self.check_status(response)
         if response.status_code == 200:
-            length = response.headers.get("content-length")
-            self.size, whole = int(length) if length else math.inf, response
-        else:
-            found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
-            response.close()
-            if not found:
-                raise Fault("the server described a range wrongly", FEW_TRIES)
-            self.size, whole = int(found[1]), None
-        return Source(response.url, self.size, tag_of(response), whole)
+            length = response.headers.get("content-length", "")
+            return Source(response.url, int(length) if length.isdecimal() else math.inf, tag_of(response), response)
+        response.close()
+        found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("content-range", ""))
+        if not found:
+            raise Fault("the server described a range wrongly", FEW_TRIES)
+        return Source(response.url, int(found[1]), tag_of(response))
 
     def check_status(self, response: Any) -> None:
         """Raises Fault for an answer without the file's bytes; only what may pass is worth many tries."""
@@ -1378,15 +1371,13 @@ class Download:
 
     def look_up(self, size: float) -> Listed:
         """What Civitai's listing tells of the file of `size` bytes; nothing where it cannot be had."""
-        why = ""
         for _ in range(2 if self.version else 0):
             try:
                 url = f"{self.store.base_url}/api/v1/model-versions/{self.version}"
                 with self.store.get(url, stall_s=LISTING_S) as response:
-                    refusal = "" if response.status_code == 200 else self.store.said_by_civitai(response)
+                    if response.status_code != 200:
+                        raise Fault(f"it answered {response.status_code}{self.store.said_by_civitai(response)}")
                     body = read_body(response, 16 * MIB, LISTING_S)
-                if response.status_code != 200:
-                    raise Fault(f"it answered {response.status_code}{refusal}")
                 return Listed.of(json.loads(body), size, urlsplit(self.url).query)
             except Fault as fault:
                 why = str(fault)
@@ -1412,21 +1403,13 @@ class Download:
             raise Fault("the server ended the file early")
 
     def fetch_ranges(self, part: Part) -> None:
-        """The missing segments over many connections. One that fails ends and another takes its place, after a wait
-        and with a new link, unless others that failed before have brought about that."""
-        running: set[Future] = set()
-        starting = min(len(part.todo), MANY)
-        while starting or running:
-            running |= {in_background(self.fetch_runs, part) for _ in range(starting)}
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            failed = [end for future in done if (end := future.result())]
-            starting = len(failed)
-            for fault, source in failed:
-                if source is self.source:
-                    self.renew(part, fault)
+        """The missing segments over many connections, up to the first error that no new link cures."""
+        connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
+        for ended in wait(connections, return_when=FIRST_EXCEPTION).done:
+            ended.result()
 
-    def fetch_runs(self, part: Part) -> tuple[Fault, Source] | None:
-        """Fetches runs of segments over one connection as long as there are any, or up to a fault, which it returns."""
+    def fetch_runs(self, part: Part) -> None:
+        """Fetches runs of segments as long as there are any; after a fault by a new link."""
         while not part.ended.is_set() and (run := part.take()):
             try:
                 with self.store.connections:
@@ -1437,8 +1420,7 @@ class Download:
                     part.todo.extendleft(reversed(run))
                 if source is self.source:
                     self.store.connections.halve(began)
-                return fault, source
-        return None
+                self.renew(part, source, fault)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
         """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
@@ -1458,7 +1440,7 @@ class Download:
                 # Civitai's CDN caps each connection far below what a line carries, and then all are needed; where they
                 # are fast, those beyond a few cost CPU alone
                 seconds = time.monotonic() - began
-                self.store.connections.grow(MANY if seconds > JUDGED_S and (at - start) / seconds < FAST else FEW)
+                self.store.connections.grow(MANY if seconds > 0.2 and (at - start) / seconds < 16 * MB else FEW)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
@@ -1471,21 +1453,23 @@ class Download:
                 self.progressed(left)
         return at
 
-    def renew(self, part: Part, fault: Fault | None) -> None:
-        """Waits after a fault and asks for a new link, until there is one. Raises WrongFile where it leads to another
-        file."""
-        while fault and not part.ended.is_set():
-            part.ended.wait(self.bear(fault))
-            try:
-                source, fault = self.ask(), None
-            except Fault as again:
-                fault = again
-                continue
-            if source.whole:
-                raise Fault("the server has stopped serving ranges")
-            if (source.size, source.tag) != (self.source.size, self.source.tag):
-                raise WrongFile("has changed in mid-download")
-            self.source = source
+    def renew(self, part: Part, source: Source, fault: Fault) -> None:
+        """Waits after a fault and asks for a new link, until there is one, be it by another connection that failed.
+        Raises WrongFile where it leads to another file."""
+        with self.renewing:
+            while self.source is source and not part.ended.is_set():
+                if part.ended.wait(self.bear(fault)):
+                    return
+                try:
+                    found = self.ask()
+                except Fault as again:
+                    fault = again
+                    continue
+                if found.whole:
+                    raise Fault("the server has stopped serving ranges")
+                if (found.size, found.tag) != (source.size, source.tag):
+                    raise WrongFile("has changed in mid-download")
+                self.source = found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1510,10 +1494,9 @@ UNET_KEY = "model.diffusion_model."
 TEXT_ENCODER_KEYS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
 # GPU memory, counted on a pretended device of full size (tests/memory.py); live tensors alone, in float16
-DENOISE_BYTES = 320  # a pixel and image, both prompts in one batch
-VAE_BYTES = 1_600  # a pixel, one image after the other; tiles are of 1024 x 1024
+DENOISE_BYTES = 316  # a pixel and image, both prompts in one batch; the prompts' length hardly counts
+VAE_BYTES = 1_536  # a pixel, one image after the other; tiles are of 1024 x 1024. Encoding takes a sixth less
 SPARE_BYTES = GIB  # beside what is counted: CUDA's workspaces, and blocks that are not where they are needed
-IMAGE_BYTES = (DENOISE_BYTES + VAE_BYTES) * 1024**2  # what one picture of 1024 x 1024 takes beside the weights
 JOB_BYTES = 6 * GIB  # stays free for jobs beside the LoRAs' originals: four pictures of 2048 x 2048, and SPARE_BYTES
 UNTILED_PIXELS = 1_500_000  # of one picture, on the CPU
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # 70 and 17 of them do nearly all of the UNet's work
@@ -1559,7 +1542,10 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            if device == "cuda" and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + IMAGE_BYTES + SPARE_BYTES:
+            if (
+                device == "cuda"
+                and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
+            ):
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
                 pipe.to(device)

@@ -364,7 +364,7 @@ def test_another_checkpoint(server, tmp_path, monkeypatch):
     """A download killed, then another CHECKPOINT: nothing of the first is left."""
     server.rate = MIB / 2
     store = tmp_path / "models" / "checkpoints"
-    play((store, 1, 0.5))
+    play((store, 1, 0.1))
     assert list(store.glob(".detail.safetensors.*.part"))
     server.rate = None
     handler.setup_models()
@@ -397,6 +397,8 @@ def start(folder):
 for folder, workers, kill_after in job["acts"]:
     children = [start(folder) for _ in range(workers)]
     if kill_after is not None:
+        while not job["any_moment"] and not any(file.stat().st_size > 32 for file in Path(folder).glob("*.journal")):
+            time.sleep(0.01)  # on a busy machine a worker takes seconds to its first bytes
         time.sleep(kill_after)
         for child in children:
             os.kill(child, signal.SIGKILL)
@@ -407,9 +409,12 @@ FAST = {**seams.QUICK_LOCKS, "SEGMENT": 32 * 1024, "BLOCK": 32 * 1024}
 Act = tuple[Path, int, float | None]  # a store, how many workers fetch into it, and when they are killed
 
 
-def play(*acts: Act, locks: bool = True) -> tuple[list[tuple[list[int], float, list[str]]], str]:
-    """Runs acts one after the other: exit statuses, time of the end and files of each, and the log of all."""
-    job = {"constants": FAST, "config": config(), "locks": locks}
+def play(
+    *acts: Act, locks: bool = True, any_moment: bool = False
+) -> tuple[list[tuple[list[int], float, list[str]]], str]:
+    """Runs acts one after the other: exit statuses, time of the end and files of each, and the log of all. Workers are
+    killed so long after their first bytes came; any_moment: after their start."""
+    job = {"constants": FAST, "config": config(), "locks": locks, "any_moment": any_moment}
     job["acts"] = [(str(folder), workers, kill_after) for folder, workers, kill_after in acts]
     command = [sys.executable, "-c", FORKER, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
@@ -432,7 +437,7 @@ def test_kill_at_any_moment(server, tmp_path):
     server.rate = MIB  # of each of eight connections
     store = tmp_path / "store"
     kills = [(store, 1, random.uniform(0.0, 90 / KILLS / 10)) for _ in range(KILLS)]
-    played, said = play(*kills, (store, 1, None))
+    played, said = play(*kills, (store, 1, None), any_moment=True)
     assert all("detail.safetensors" not in files or files == DONE for _, _, files in played)
     assert played[-1][0] == [0], said
     assert played[-1][2] == DONE
@@ -465,7 +470,7 @@ def test_many_workers_killed(server, tmp_path):
     server.rate = 0.5 * MIB
     for locks in (True, False):
         folder = tmp_path / f"store{locks}"
-        [_, (statuses, _, files)], said = play((folder, 8, 0.3), (folder, 1, None), locks=locks)
+        [_, (statuses, _, files)], said = play((folder, 8, 0.1), (folder, 1, None), locks=locks)
         assert statuses == [0], said
         assert (folder / "detail.safetensors").read_bytes() == server.files[135867].read_bytes()
         assert files == DONE
@@ -568,6 +573,14 @@ def test_lock_that_was_lost(server, tmp_path, hurry):
     assert fetching.result(30).stat().st_ino == inode
 
 
+def test_dead_lock_of_a_file_to_be_replaced(server, tmp_path, hurry):
+    """download_file that waits for a worker which turns out to be dead still replaces the file in place."""
+    path = write_model(tmp_path / "detail.safetensors", MIB)
+    make_lock(tmp_path)
+    handler.download_file(civitai_url(135867), path)
+    assert path.read_bytes() == server.files[135867].read_bytes()
+
+
 def test_lock_of_a_gone_process(server, tmp_path):
     """A lock of a process of this machine that has ended is taken over at once."""
     ended = subprocess.Popen(["true"])
@@ -582,7 +595,7 @@ def test_part_of_a_dead_worker_elsewhere(server, tmp_path, hurry):
     """What a dead worker on another machine has fetched is adopted where its hash can be checked in the end."""
     server.files[135867] = origin = write_model(tmp_path / "big.origin", 4 * MIB)
     server.rate = MIB
-    play((tmp_path / "store", 1, 0.4))
+    play((tmp_path / "store", 1, 0.2))
     before = sent(server)
     assert before > MIB
     (journal,) = (tmp_path / "store").glob("*.journal")
@@ -604,7 +617,7 @@ def test_part_of_another_machine(server, tmp_path, hurry, hashed):
         server.clear()
         server.rate = MIB
         store = tmp_path / where
-        play((store, 1, 0.4))
+        play((store, 1, 0.2))
         (journal,) = store.glob("*.journal")
         if where == "elsewhere":
             journal.write_bytes(
@@ -621,7 +634,7 @@ def test_part_of_another_file(server, tmp_path, hurry):
     """What is left of a file that has changed since is not mixed into it, but deleted."""
     server.files[135867] = write_model(tmp_path / "old.origin", 4 * MIB)
     server.rate = MIB
-    play((tmp_path / "store", 1, 0.4))
+    play((tmp_path / "store", 1, 0.2))
     assert leftovers(tmp_path)
     server.files[135867] = new = write_model(tmp_path / "new.origin", 4 * MIB)
     server.rate = None
@@ -642,7 +655,7 @@ def test_leftovers_without_their_other_half(server, tmp_path):
 def test_lost_writes(server, tmp_path, hurry):
     """A part whose bytes were lost, as in a crash of the machine, is found out by its hash and fetched again."""
     server.rate = MIB
-    play((tmp_path / "store", 1, 0.3))
+    play((tmp_path / "store", 1, 0.1))
     (part,) = (tmp_path / "store").glob("*.part")
     part.write_bytes(bytes(part.stat().st_size))
     server.rate = None
@@ -653,7 +666,7 @@ def test_lost_writes(server, tmp_path, hurry):
 def test_torn_journal(server, tmp_path, hurry):
     """A journal that ends in the middle of an entry is read up to there."""
     server.rate = MIB
-    play((tmp_path / "store", 1, 0.3))
+    play((tmp_path / "store", 1, 0.1))
     (journal,) = (tmp_path / "store").glob("*.journal")
     journal.write_bytes(journal.read_bytes()[:-7])
     path = handler.ensure_model_exists(config(), tmp_path / "store")
