@@ -66,6 +66,7 @@ def run(card: FakeCuda, **fields: Any) -> list[str]:
     waited: list[int] = []
     answer = seams.run_watched({"id": "cuda", "input": PROMPT | fields}, lambda: waited.append(len(card.syncs)))
     assert "error" not in answer, answer
+    assert answer["metadata"]["warnings"] == []
     return card.syncs[waited[0] : waited[-1]]
 
 
