@@ -59,6 +59,7 @@ extern "C" void pretend() {
 """
 
 
+@functools.cache
 def load_guard() -> None:
     """Compiles the guard and puts it in force. Raises FileNotFoundError without g++."""
     root = Path(torch.__file__).parent

@@ -10,6 +10,7 @@ workspaces and fragmentation. --quick leaves out the parts that run in many tile
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,12 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-LONG = "a red fox in the snow, " * 400  # 34 chunks
+JOBS: list[tuple[str, dict[str, Any]]] = [
+    *((f"{side}² x {n}", {"width": side, "height": side, "num_images": n}) for side, n in [(1024, 1), (1024, 4)]),
+    *((f"{side}² x {n}", {"width": side, "height": side, "num_images": n}) for side, n in [(1536, 4), (2048, 4)]),
+    ("hires 1024² to 2048²", {"hires": {"scale": 2, "steps": 1}}),
+    ("1024² x 1, concat", {"prompt": "a red fox in the snow, " * 400, "long_prompt": "concat"}),
+]
 
 
 def main() -> None:
@@ -27,14 +33,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
 
+    import seams
     import torch
     from fakecuda import GIB, full_size_pipeline, load_guard, pretended
     from world import PREFIXES, build_world, lora_targets
+
+    import handler
 
     torch.set_num_threads(1)
     load_guard()
     os.environ["HF_HUB_OFFLINE"] = "1"
     world = build_world(TESTS / ".cache")
+    os.environ |= world.environ()
     print("| counted, not measured | GiB | bytes a pixel |\n|---|---|---|")
 
     def row(what: str, size: int, pixels: int = 0) -> None:
@@ -44,7 +54,7 @@ def main() -> None:
         pipe = full_size_pipeline(world.config, "cuda")
         row("weights of the UNet, both text encoders and the VAE", gpu.used)
         targets = lora_targets("full", PREFIXES, "linear")
-        row(f"originals of the {len(targets)} tensors of LoRAs", sum(2 * size_of(target.shape) for target in targets))
+        row(f"originals of the {len(targets)} tensors of LoRAs", sum(2 * math.prod(target.shape) for target in targets))
 
         def peak_of(run: Callable[[], Any]) -> int:
             gpu.reset()
@@ -70,14 +80,15 @@ def main() -> None:
                 latents, pixels = tensor(1, 4, side // 8, side // 8, dtype=dtype), tensor(1, 3, side, side, dtype=dtype)
                 row(f"decoding {how}", peak_of(lambda latents=latents: pipe.vae.decode(latents)), side**2)
                 row(f"encoding {how}", peak_of(lambda pixels=pixels: pipe.vae.encode(pixels)), side**2)
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    """Numbers in a tensor."""
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+        pipe.vae.to(torch.float16)
+        seams.serve(seams.engine_around(pipe, {}))
+        for what, fields in JOBS:
+            gpu.reset()
+            answer = handler.handler({"id": "memory", "input": {"prompt": "a cat", "steps": 1, "loras": [], **fields}})
+            assert "error" not in answer, answer
+            *_, denoise, decode = gpu.peaks  # of the phases of a job
+            row(f"job {what}: denoising", denoise - gpu.used)
+            row(f"job {what}: decoding", decode - gpu.used)
 
 
 UNET = [(1024, 1, 1), (1024, 2, 1), (1024, 8, 1), (2048, 2, 1), (2048, 8, 1), (4096, 8, 1), (1024, 2, 34)]

@@ -4,8 +4,11 @@ type, memory stays below ceilings, and the host does not wait in the middle of a
 from __future__ import annotations
 
 import base64
+import contextlib
+import gc
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fakecuda
@@ -14,14 +17,13 @@ import seams
 import torch
 from fakecuda import GIB, FakeCuda
 from PIL import Image
-from world import PREFIXES, lora_keys, lora_targets, write_safetensors
+from world import PREFIXES, World, lora_keys, lora_targets, write_safetensors
 
 import handler
 
 pytestmark = pytest.mark.timeout(300)  # for slow machines
-STACK = handler.LORA_CONFIGS[:3]  # nine would take three times the time, and hardly more kernels
-SETTINGS = {"LORAS": "135867@1.5,294259,348625@0.3"}
-LONG = "a red fox in the snow, " * 100  # 9 chunks
+STACK = "135867@1.5,294259,348625@0.3"  # nine would take three times the time, and hardly more kernels
+LONG = "a red fox in the snow, " * 33  # 3 chunks: no more states than the pretended device gives numbers to
 PROMPT = {"prompt": "a cat", "seed": 1, "steps": 1}
 
 
@@ -33,32 +35,28 @@ def lora_folder(tmp_path_factory) -> Any:
     for target in lora_targets("full", PREFIXES, "linear"):
         down, up, _ = lora_keys(target, "kohya")
         shapes |= {down: (1, *target.shape[1:]), up: (target.shape[0], 1)}
-    first, *others = [folder / config["filename"] for config in STACK]
+    first, *others = [folder / config["filename"] for config in handler.LORA_CONFIGS[:3]]
     write_safetensors(first, shapes, lambda _, shape: fakecuda.zeros(shape, torch.float16).numpy())
     for other in others:
         other.hardlink_to(first)
     return folder
 
 
-@pytest.fixture(scope="module")
-def gpu(world, lora_folder) -> Iterator[FakeCuda]:
-    """A card of 24 GiB on which a worker has started, with three LoRAs in its weights."""
+@contextlib.contextmanager
+def started(world: World, folder: Path, total_gib: float, loras: str) -> Iterator[FakeCuda]:
+    """A card of this size, on which a worker has started."""
     fakecuda.load_guard()
     before = seams.serve(None)
-    with pytest.MonkeyPatch.context() as patch, fakecuda.pretended(total_gib=24) as device:
-        for name, value in (world.environ() | SETTINGS | {"LORA_DIR": str(lora_folder)}).items():
+    with pytest.MonkeyPatch.context() as patch, fakecuda.pretended(total_gib) as device:
+        for name, value in (world.environ() | {"LORA_DIR": str(folder), "LORAS": loras}).items():
             patch.setenv(name, value)
         seams.start_from(patch, lambda: fakecuda.full_size_pipeline(world.config))
-        seams.engine()
-        yield device
-    seams.serve(before)
-
-
-@pytest.fixture
-def card(gpu) -> FakeCuda:
-    """The card, its counts at nought."""
-    gpu.reset()
-    return gpu
+        try:
+            seams.engine()
+            yield device
+        finally:
+            seams.serve(before)
+            gc.collect()  # tensors tell the device when they end
 
 
 def run(card: FakeCuda, **fields: Any) -> list[str]:
@@ -80,6 +78,44 @@ def picture(mode: str, side: int) -> str:
 def above_weights(card: FakeCuda) -> float:
     """GiB at the peak, above what stays when a job has ended."""
     return (card.peak - card.used) / GIB
+
+
+def test_originals_in_host_memory(world, lora_folder):
+    """On a card of 16 GiB a change of the stack uploads each original once, and nothing comes back."""
+    with started(world, lora_folder, 16, STACK) as card:
+        card.reset()
+        stack = seams.engine().stack
+        assert stack.apply(dict.fromkeys(stack.applied, 0.5))
+        assert 5.4 * GIB < card.uploaded < 5.6 * GIB
+        assert card.downloaded == 0
+        assert above_weights(card) < 0.5
+
+
+def test_a_small_card(world, lora_folder):
+    """On a card of 8 GiB each model is on the GPU only while it works."""
+    with started(world, lora_folder, 8, "") as card:
+        assert card.used < 0.1 * GIB
+        card.reset()
+        run(card, negative_prompt="a dog")
+        assert card.peak < 6.5 * GIB
+        assert card.used < 0.1 * GIB
+
+
+# one card for all that follows, and no other beside it
+
+
+@pytest.fixture(scope="module")
+def gpu(world, lora_folder) -> Iterator[FakeCuda]:
+    """A card of 24 GiB with three LoRAs in its weights."""
+    with started(world, lora_folder, 24, STACK) as device:
+        yield device
+
+
+@pytest.fixture
+def card(gpu) -> FakeCuda:
+    """The card, its counts at nought."""
+    gpu.reset()
+    return gpu
 
 
 @pytest.mark.parametrize(
