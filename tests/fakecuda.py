@@ -274,7 +274,10 @@ class FakeCuda(TorchDispatchMode):
         return False if func is aten.equal.default or args[0].dtype == torch.bool else args[0].dtype.is_complex * 1
 
     def check_types(self, func: Any, leaves: list[Any]) -> None:
-        """Raises where one operator gets several types that the device's libraries do not take together."""
+        """Raises where one operator gets devices or types that the device's libraries do not take together."""
+        places = {x.device.type for x in leaves if isinstance(x, torch.Tensor) and x.dim()}
+        if func._overloadpacket in ONE_TYPE and len(places) > 1:  # FakeTensorMode lets convolutions pass
+            raise RuntimeError(f"{func} on {sorted(places)} at {place_in_code()}")
         kinds = {x.dtype for x in leaves if isinstance(x, torch.Tensor) and x.dim() and x.dtype.is_floating_point}
         if len(kinds) < 2 or func is aten.copy_.default:
             return

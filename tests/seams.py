@@ -318,7 +318,8 @@ def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
 
 
 def start_from(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> None:
-    """Starts take the pipeline from build(), not from files of 7 GB, and read a LoRA of one content once."""
+    """Starts take the pipeline from build(), not from files of 7 GB, and read a LoRA of one content once. Weights that
+    stay in host memory are not looked through: zeros there take no memory until they are read."""
     read, known = handler.read_lora, {}
 
     def read_once(file: Path, *arguments: Any) -> handler.Lora:
@@ -327,7 +328,9 @@ def start_from(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> Non
             known[inode] = read(file, *arguments)
         return known[inode]
 
+    check = handler.check_weights
     set(monkeypatch, build_pipeline=lambda *_: build(), read_lora=read_once)
+    set(monkeypatch, check_weights=lambda pipe: check(pipe) if pipe.device.type == "cuda" else None)
 
 
 def run_watched(job: dict[str, Any], at_step: Callable[[], None]) -> dict[str, Any]:
