@@ -153,7 +153,7 @@ def test_float32_where_float16_overflows(card, monkeypatch):
 
 
 def test_the_largest_job(card):
-    """Four pictures of 2048 x 2048 fit beside the LoRAs' originals on a card of 24 GiB, decoded one by one and whole."""
+    """On a card of 24 GiB four pictures of 2048 x 2048 fit beside the LoRAs' originals, each decoded whole."""
     run(card, width=2048, height=2048, num_images=4)
     assert 6 < above_weights(card) < 6.2
 
@@ -182,3 +182,8 @@ def test_a_float32_weight_is_found(card, monkeypatch):
     layer = seams.engine().pipe.unet.conv_in
     monkeypatch.setitem(layer._parameters, "weight", torch.nn.Parameter(layer.weight.float()))
     assert handler.handler({"id": "cuda", "input": PROMPT})["code"] == "GENERATION_FAILED"
+
+
+def test_a_wait_in_a_step_is_found(card):
+    """diffusers' UniPC has the host wait in each step, which the count above would tell."""
+    assert run(card, scheduler="UniPC") != []
