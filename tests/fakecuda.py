@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import subprocess
 import tempfile
 import traceback
@@ -32,7 +33,6 @@ from typing import Any
 from unittest.mock import patch
 
 import diffusers
-import numpy as np
 import torch
 import torch._subclasses.fake_tensor
 import transformers
@@ -82,9 +82,13 @@ def with_index(device: Any) -> Any:
 
 
 def zeros(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in host memory that take none until they are written to."""
+    """Zeros in host memory that take none until they are used; malloc would reuse, and so write, what was freed."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(*shape) if size else torch.zeros(shape)
+    return (
+        torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(*shape)
+        if size > 4096
+        else torch.zeros(shape, dtype=dtype)
+    )
 
 
 def full_size_pipeline(configuration: Path, device: str = "cpu") -> Any:
