@@ -2,7 +2,7 @@
 
     with pretended(total_gib=24) as gpu:
         ...                                # torch.device("cuda") works
-    gpu.peak, gpu.kernels, gpu.syncs, gpu.uploaded, gpu.downloaded
+    gpu.peak, gpu.peaks, gpu.kernels, gpu.syncs, gpu.uploaded, gpu.downloaded
 
 Tensors on "cuda" are torch's FakeTensors: shape, type and device, no numbers. Tensors on the CPU are real. Each
 operator raises where CUDA would for tensors of different devices or types; memory of live tensors, kernels, copies and
@@ -19,21 +19,27 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
+import math
+import mmap
 import subprocess
 import tempfile
 import traceback
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import torch
 import torch._subclasses.fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from world import MODEL_INDEX, SCHEDULER, configs
 
 aten = torch.ops.aten
 GIB = 1024**3
@@ -53,6 +59,7 @@ extern "C" void pretend() {
 """
 
 
+@functools.cache
 def load_guard() -> None:
     """Compiles the guard and puts it in force. Raises FileNotFoundError without g++."""
     root = Path(torch.__file__).parent
@@ -74,9 +81,88 @@ def with_index(device: Any) -> Any:
     return torch.device("cuda", 0) if plain else device
 
 
+def zeros(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory that take none until they are used; malloc would reuse, and so write, what was freed."""
+    size = math.prod(shape) * dtype.itemsize
+    return (
+        torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(*shape)
+        if size > 4096
+        else torch.zeros(shape, dtype=dtype)
+    )
+
+
+def full_size_pipeline(configuration: Path, device: str = "cpu") -> Any:
+    """SDXL's pipeline at full size in float16, its weights zeros that take no memory on the CPU; the configuration's
+    tokenizers."""
+    parts: dict[str, Any] = {}
+    for component, config in configs("full").items():
+        library, name = MODEL_INDEX[component]
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+        with torch.device("meta"):
+            if component in ("unet", "vae"):
+                model = kind.from_config(config | ({"force_upcast": False} if component == "vae" else {}))
+            else:
+                model = kind(kind.config_class(**config))
+        for module in model.half().eval().modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    empty = zeros(weight.shape, weight.dtype).to(device)
+                    module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+            for name, buffer in module._buffers.items():  # CLIP's alone: its positions
+                module._buffers[name] = torch.arange(buffer.numel(), device=device).view(buffer.shape)
+        parts[component] = model
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        parts[tokenizer] = transformers.CLIPTokenizer.from_pretrained(configuration / tokenizer)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SCHEDULER)
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """All tensors in arguments or results."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def leaves_of(*values: Any) -> list[Any]:
+    """Arguments with those in lists; pytree would take longer than the operator."""
+    nested = [value if isinstance(value, list | tuple) else (value,) for value in values]
+    return [leaf for group in nested for leaf in group]
+
+
+@functools.cache
+def is_composite(func: Any) -> bool:
+    """Whether an operator is made of others."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func is not aten._to_copy.default and has_kernel
+
+
+@functools.cache
+def aliases(func: Any) -> bool:
+    """Whether an operator's result is its argument, or a view of it."""
+    return any(result.alias_info for result in func._schema.returns)
+
+
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether an operator's result is a view of its argument."""
+    return not func._schema.is_mutable and aliases(func)
+
+
+def call_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the result of an operator follows from, where it is a new tensor without known numbers; else None."""
+    if aliases(func) or func is aten._to_copy.default:
+        return None
+
+    def told(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return tuple(x.shape), x.stride(), x.dtype, x.device
+        return tuple(map(told, x)) if isinstance(x, list | tuple) else (type(x), x)
+
+    tensors = [x for x in leaves_of(*args, *kwargs.values()) if isinstance(x, FakeTensor)]
+    if all(getattr(x, "known", None) is not None for x in tensors):
+        return None
+    return func, tuple(map(told, args)), tuple((name, told(x)) for name, x in kwargs.items())
 
 
 def place_in_code() -> str:
@@ -95,17 +181,26 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.total = int(total_gib * GIB)
         self.used = self.peak = self.uploaded = self.downloaded = 0  # bytes
+        self.phase_peak = 0
+        self.peaks: list[int] = []  # bytes, of each stretch that ended in torch.cuda.synchronize()
         self.kernels: collections.Counter[str] = collections.Counter()  # by operator
         self.syncs: list[str] = []  # "what @ where": the host waited for the device
         self.mixed: set[str] = set()  # operators that promoted a type, and where
         self._live: dict[int, Any] = {}  # storage -> what tells its end
+        self._made: dict[Any, tuple[Any, ...]] = {}  # call -> size, strides, type and device of its result
 
     def reset(self) -> None:
         """Counts from now on."""
-        self.peak, self.uploaded, self.downloaded = self.used, 0, 0
+        self.peak, self.phase_peak, self.uploaded, self.downloaded = self.used, self.used, 0, 0
+        self.peaks.clear()
         self.kernels.clear()
         self.syncs.clear()
         self.mixed.clear()
+
+    def synchronize(self, _device: Any = None) -> None:
+        """The worker ends each phase of a job so."""
+        self.peaks.append(self.phase_peak)
+        self.phase_peak = self.used
 
     @property
     def free(self) -> int:
@@ -128,7 +223,7 @@ class FakeCuda(TorchDispatchMode):
 
         self._live[key] = weakref.ref(storage, dead)
         self.used += size
-        self.peak = max(self.peak, self.used)
+        self.peak, self.phase_peak = max(self.peak, self.used), max(self.phase_peak, self.used)
         if self.free < 0:
             raise torch.OutOfMemoryError(f"CUDA out of memory (pretended) at {place_in_code()}")
 
@@ -136,7 +231,7 @@ class FakeCuda(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         kwargs = kwargs or {}
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = leaves_of(*args, *kwargs.values())
         to_gpu = any(isinstance(leaf, torch.device) and leaf.type == "cuda" for leaf in leaves)
         if not to_gpu and not any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return func(*args, **kwargs)
@@ -150,8 +245,7 @@ class FakeCuda(TorchDispatchMode):
             size = size or [int(n * factor) for n, factor in zip(x.shape[2:], scales, strict=True)]
             with self:
                 return aten.upsample_nearest2d.default(x, size, *(scales or (None, None)))
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-        if func is not aten._to_copy.default and composite:
+        if is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -165,14 +259,29 @@ class FakeCuda(TorchDispatchMode):
             self.wait("copy to the host")
             self.downloaded += args[0].nbytes
             return args[0]
+        if func is aten.bincount.default:
+            self.wait("a size that hangs on numbers")
+            counts = func(args[0].known, *args[1:], **kwargs)
+            out = self.new(counts.shape, counts.stride(), counts.dtype, args[0].fake_device)
+            out.known = counts
+            self.hold(out)
+            return out
         return self.run(func, args, kwargs)
+
+    def new(self, *made: Any) -> FakeTensor:
+        """A tensor of this size, strides, type and device."""
+        size, strides, dtype, device = made
+        return FakeTensor(self.fake, torch.empty_strided(size, strides, dtype=dtype, device="meta"), device)
 
     def guess(self, func: Any, args: Any) -> Any:
         """A number that nobody knows."""
         return False if func is aten.equal.default or args[0].dtype == torch.bool else args[0].dtype.is_complex * 1
 
     def check_types(self, func: Any, leaves: list[Any]) -> None:
-        """Raises where one operator gets several types that the device's libraries do not take together."""
+        """Raises where one operator gets devices or types that the device's libraries do not take together."""
+        places = {x.device.type for x in leaves if isinstance(x, torch.Tensor) and x.dim()}
+        if func._overloadpacket in ONE_TYPE and len(places) > 1:  # FakeTensorMode lets convolutions pass
+            raise RuntimeError(f"{func} on {sorted(places)} at {place_in_code()}")
         kinds = {x.dtype for x in leaves if isinstance(x, torch.Tensor) and x.dim() and x.dtype.is_floating_point}
         if len(kinds) < 2 or func is aten.copy_.default:
             return
@@ -199,10 +308,29 @@ class FakeCuda(TorchDispatchMode):
             real = isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
             return self.fake.from_tensor(x, static_shapes=True) if real else x
 
-        fakes, options = tree_map(without_numbers, (args, kwargs))
-        with self.fake:
-            out = func(*fakes, **options)
-        self.follow(func, args, kwargs, out)
+        if func is aten._to_copy.default and not isinstance(args[0], FakeTensor):  # spares a fake of the source
+            source = args[0]
+            out = self.new(source.shape, source.stride(), kwargs.get("dtype") or source.dtype, kwargs["device"])
+            self.follow(func, args, kwargs, out)
+        elif (key := call_of(func, args, kwargs)) in self._made:  # seen before: spares most of the time
+            out = self.new(*self._made[key])
+            out.known = None
+        elif is_view(func) and isinstance(args[0], FakeTensor):  # FakeTensorMode takes ten times as long
+            with in_kernel_invocation_manager(self.fake):
+                out = func(*args, **kwargs)
+            device = args[0].fake_device
+            out = tree_map_only(torch.Tensor, lambda view: FakeTensor(self.fake, view, device), out)
+            self.follow(func, args, kwargs, out)
+        else:
+            fakes, options = tree_map(without_numbers, (args, kwargs))
+            with self.fake:
+                out = func(*fakes, **options)
+            self.follow(func, args, kwargs, out)
+            new = (
+                isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self._live
+            )  # _unsafe_view's is not
+            if key and new:
+                self._made[key] = out.shape, out.stride(), out.dtype, out.fake_device
         if func in (aten._to_copy.default, aten.copy_.default):
             source = args[func is aten.copy_.default]
             if source.device.type == "cpu" and out.device.type == "cuda":
@@ -210,10 +338,9 @@ class FakeCuda(TorchDispatchMode):
             elif source.device.type == "cuda" and out.device.type == "cpu":
                 self.wait("copy to the host")
                 self.downloaded += source.nbytes
-                return out.known if getattr(out, "known", None) is not None else torch.zeros(out.shape, dtype=out.dtype)
+                return out.known if getattr(out, "known", None) is not None else zeros(out.shape, out.dtype)
         results = tensors_of(out)
-        is_view = not func._schema.is_mutable and any(result.alias_info for result in func._schema.returns)
-        if any(tensor.device.type == "cuda" for tensor in results) and not is_view:
+        if any(tensor.device.type == "cuda" for tensor in results) and not is_view(func):
             self.kernels[str(func)] += 1
         for tensor in results:
             self.hold(tensor)
@@ -302,7 +429,7 @@ def pretended(total_gib: float) -> Iterator[FakeCuda]:
         "memory_reserved": lambda _=None: gpu.used,
         "max_memory_allocated": lambda _=None: gpu.peak,
         "reset_peak_memory_stats": lambda _=None: gpu.reset(),
-        "synchronize": lambda _=None: None,
+        "synchronize": gpu.synchronize,
         "empty_cache": lambda: None,
     }
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

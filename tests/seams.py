@@ -315,6 +315,38 @@ def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
     return handler.run_job(job, Stopping())
 
 
+# --- a pretended GPU
+
+
+def start_from(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> None:
+    """Starts take the pipeline from build(), not from files of 7 GB, and read a LoRA of one content once. Weights that
+    stay in host memory are not looked through: zeros there take no memory until they are read."""
+    read, known = handler.read_lora, {}
+
+    def read_once(file: Path, *arguments: Any) -> handler.Lora:
+        inode = file.stat().st_ino
+        if inode not in known:
+            known[inode] = read(file, *arguments)
+        return known[inode]
+
+    check = handler.check_weights
+    set(monkeypatch, build_pipeline=lambda *_: build(), read_lora=read_once)
+    set(monkeypatch, check_weights=lambda pipe: check(pipe) if pipe.device.type == "cuda" else None)
+
+
+def run_watched(job: dict[str, Any], at_step: Callable[[], None]) -> dict[str, Any]:
+    """A job's answer; at_step() is called when denoising begins and whenever a step was launched."""
+    observer = handler.Observer()
+    observer.denoising, observer.step = at_step, lambda *_: at_step()
+    return handler.run_job(job, observer)
+
+
+def come_out_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pictures that are decoded are found black; on the pretended device no pixel has a number."""
+    found = iter([True])
+    set(monkeypatch, is_black=lambda pixels: torch.full((len(pixels),), next(found, False)).to(pixels.device))
+
+
 # --- recipes
 
 quick_searches = (handler.PROMPT_EDITING.search, handler.parse_prompt, handler.split_lora_tags)  # no text may be slow
