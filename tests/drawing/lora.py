@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from drawing import diffusion, model
 
 RANK = 8
-STEPS, BATCH, LR = 150, 8, 2e-3
+STEPS, BATCH, LR = 300, 8, 2e-3
 
 
 class Change(nn.Module):
