@@ -1618,6 +1618,8 @@ def import_libraries() -> None:
     # progress bars of the libraries' own loading steps would stand between the log's lines
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    # it would list each scale of a float8 checkpoint as unused; missing weights are told all the same
+    logging.getLogger("diffusers.loaders.single_file_model").setLevel(logging.ERROR)
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -1681,7 +1683,8 @@ def scale_float8(pipe: Any, checkpoint: Path) -> None:
         scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
     if not scales:
         return
-    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
+    names = {name: original for name, original in ldm_names(pipe.unet).items() if not name.endswith(".bias")}
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in names.items()}
     layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
     for name, scale in scales.items():
         layer = layers.get(name.removesuffix(".scale_weight"))
