@@ -1842,7 +1842,7 @@ def check_memory(pipe: Any, request: JobRequest) -> None:
         return
     most = int(free / image_bytes)
     side = int(math.sqrt(free / DENOISE_BYTES)) // 8 * 8
-    instead = f"at most {most} images at once" if most else f"at most {side}x{side} pixels"
+    instead = f"at most {most} image{'s' * (most > 1)} at once" if most else f"at most {side}x{side} pixels"
     raise OutOfMemory(
         f"{request.num_images} images of {last.width}x{last.height} need "
         f"{image_bytes * request.num_images / GIB:.1f} GiB beside the models, and this GPU has {free / GIB:.1f} GiB "

@@ -101,6 +101,20 @@ def test_a_small_card(world, lora_folder):
         assert card.used < 0.1 * GIB
 
 
+def test_a_card_of_12_gib(world, lora_folder):
+    """It holds all and draws 1024 x 1024; a job that cannot fit is told so, with what would, and takes nothing."""
+    with started(world, lora_folder, 12, "") as card:
+        assert card.used > 6.4 * GIB
+        card.reset()
+        run(card)
+        assert card.peak < 8.1 * GIB
+        card.reset()
+        job = {"width": 2048, "height": 2048, "num_images": 4, "hires": {"scale": 2}}
+        answer = handler.handler({"id": "cuda", "input": PROMPT | job})
+        assert answer["code"] == "OUT_OF_MEMORY" and "at most 1 image" in answer["error"]
+        assert above_weights(card) < 0.01
+
+
 # one card for all that follows, and no other beside it
 
 
