@@ -92,13 +92,14 @@ def test_originals_in_host_memory(world, lora_folder):
 
 
 def test_a_small_card(world, lora_folder):
-    """On a card of 8 GiB each model is on the GPU only while it works."""
+    """On a card of 8 GiB each model is on the GPU only while it works, and its weights are not copied back."""
     with started(world, lora_folder, 8, "") as card:
         assert card.used < 0.1 * GIB
         card.reset()
         run(card, negative_prompt="a dog")
         assert card.peak < 6.5 * GIB
         assert card.used < 0.1 * GIB
+        assert card.uploaded < 6.6 * GIB and card.downloaded < 1e7
 
 
 def test_a_card_of_12_gib(world, lora_folder):
