@@ -1686,16 +1686,17 @@ def keep_host_weights(model: Any) -> None:
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         target = str(args[0]) if args else ""
+        home = list(held) if target == "cpu" else []
         with torch.inference_mode(False):  # or the weights could not be written to afterwards
-            if target.startswith("cuda") and not held and self.device.type == "cpu":
+            for module, name, weight, data in home:
+                weight.data, module._parameters[name] = data, weight
+            if home:
+                held.clear()
+            elif target.startswith("cuda") and not held and self.device.type == "cpu":
                 weights = [
                     (module, *one) for module in self.modules() for one in module.named_parameters(recurse=False)
                 ]
                 held.extend((module, name, weight, weight.data) for module, name, weight in weights)
-            elif target == "cpu":
-                for module, name, weight, data in held:
-                    weight.data, module._parameters[name] = data, weight
-                held.clear()
         return kind.to(self, *args, **kwargs)
 
     model.__class__ = type(kind.__name__, (kind,), {"to": to})  # accelerate removes a `to` of the model's own
