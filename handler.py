@@ -604,16 +604,16 @@ class Store:
                 config = known
         download = Download(self, config, folder)
         download.patience_s = JOB_PATIENCE_S
-        with self.making_room:
-            file = JobFile.read(download.path)
-            by_another_endpoint = not file and download.path.exists()  # one that shares the store has configured it
-            download.of_job = not by_another_endpoint and all(download.path != one.path for one in self.configured)
-            if download.of_job and not self.settings.job_models_bytes:
-                raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
-            if file:  # note the use, but make no new mark: a start that configures the file deletes it
-                with suppress(OSError), beside(download.path, "job").open("r+") as mark:
-                    mark.write(f"{self.user} {file.size}\n")
         try:
+            with disk_errors(download), self.making_room:
+                file = JobFile.read(download.path)
+                by_another_endpoint = not file and download.path.exists()  # one that shares the store has configured it
+                download.of_job = not by_another_endpoint and all(download.path != one.path for one in self.configured)
+                if download.of_job and not self.settings.job_models_bytes:
+                    raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
+                if file:  # note the use, but make no new mark: a start that configures the file deletes it
+                    with suppress(OSError), beside(download.path, "job").open("r+") as mark:
+                        mark.write(f"{self.user} {file.size}\n")
             with disk_errors(download):
                 in_place = not download.problem()
             return download.path if in_place else self.ensure(download)
@@ -1838,7 +1838,7 @@ def choose_tiling(pipe: Any, area: int) -> None:
     be seen, and overlapping they take a third more time."""
     whole = area <= UNTILED_PIXELS
     if pipe._execution_device.type == "cuda":
-        whole = VAE_BYTES * area * pipe.vae.dtype.itemsize / 2 + SPARE_BYTES <= free_gpu_bytes(pipe)
+        whole = VAE_BYTES * area * pipe.vae.dtype.itemsize / 2 + SPARE_BYTES <= free_gpu_bytes(pipe.vae)
     pipe.vae.enable_tiling(not whole)
 
 
@@ -1848,11 +1848,10 @@ def weight_bytes(model: Any) -> int:
     return sum(w.nbytes for one in models if isinstance(one, torch.nn.Module) for w in one.parameters())
 
 
-def free_gpu_bytes(pipe: Any) -> int:
-    """What a job's tensors can take beside the weights; offloading has one model at a time on the GPU."""
+def free_gpu_bytes(model: Any) -> int:
+    """What a job's tensors can take while this model works; offloading brings its weights to the GPU first."""
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    on_gpu = pipe.unet.device.type == "cuda" or pipe.vae.device.type == "cuda"
-    return free if on_gpu else free - weight_bytes(pipe.unet)
+    return free if model.device.type == "cuda" else free - weight_bytes(model)
 
 
 def check_memory(pipe: Any, request: JobRequest) -> None:
@@ -1860,19 +1859,22 @@ def check_memory(pipe: Any, request: JobRequest) -> None:
     own needs, so that no job is refused that would fit."""
     if pipe._execution_device.type != "cuda":
         return
-    last, free = plan_passes(request)[-1], free_gpu_bytes(pipe)
-    pixels = last.width * last.height
+    last, free, free_to_decode = plan_passes(request)[-1], free_gpu_bytes(pipe.unet), free_gpu_bytes(pipe.vae)
+    pixels, size = last.width * last.height, f"{last.width}x{last.height}"
     image_bytes = DENOISE_BYTES * pixels * (1 if request.guidance_scale > 1 else 0.5)
-    if max(image_bytes * request.num_images, VAE_BYTES * min(pixels, 1024**2)) <= free:
-        return
-    most = int(free / image_bytes)
-    side = int(math.sqrt(free / DENOISE_BYTES)) // 8 * 8
-    instead = f"at most {most} image{'s' * (most > 1)} at once" if most else f"at most {side}x{side} pixels"
-    raise OutOfMemory(
-        f"{request.num_images} images of {last.width}x{last.height} need "
-        f"{image_bytes * request.num_images / GIB:.1f} GiB beside the models, and this GPU has {free / GIB:.1f} GiB "
-        f"left: ask for {instead}, or choose a larger GPU"
-    )
+    tile_bytes = VAE_BYTES * min(pixels, 1024**2)
+    if tile_bytes > free_to_decode:
+        raise OutOfMemory(
+            f"to decode an image of {size} takes {tile_bytes / GIB:.1f} GiB beside the models, and this GPU has "
+            f"{free_to_decode / GIB:.1f} GiB left: choose a larger GPU"
+        )
+    if image_bytes * request.num_images > free:
+        most, side = int(free / image_bytes), int(math.sqrt(max(free, 0) / DENOISE_BYTES)) // 8 * 8
+        instead = f"at most {most} image{'s' * (most > 1)} at once" if most > 0 else f"at most {side}x{side} pixels"
+        raise OutOfMemory(
+            f"{request.num_images} of {size} need {image_bytes * request.num_images / GIB:.1f} GiB beside the models, "
+            f"and this GPU has {free / GIB:.1f} GiB left: ask for {instead}, or choose a larger GPU"
+        )
 
 
 def is_black(pixels: Any) -> Any:
@@ -2067,7 +2069,8 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
         refuse(tensors, OTHER_MODELS)
         raise BadModel(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
     total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
-    changed = {name: attrgetter(name)(pipe) for name in changes}
+    places = ((name, *name.rpartition(".")[::2]) for name in changes)
+    changed = {name: getattr(attrgetter(layer)(pipe), end, None) for name, layer, end in places}
     unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
     for name, tensor in changed.items():
         try:
@@ -2351,7 +2354,7 @@ class LoraStack:
             return
         size = sum(target.original.nbytes for target in fresh)
         size += sum(share.size_bytes for t in fresh for name, share in t.shares.items() if name in self.configured)
-        on_gpu = self.pipe.device.type == "cuda" and free_gpu_bytes(self.pipe) - size >= JOB_BYTES
+        on_gpu = self.pipe.device.type == "cuda" and free_gpu_bytes(self.pipe.unet) - size >= JOB_BYTES
         for target in fresh:
             target.settle(on_gpu)
         for target, name in [(t, name) for t in fresh if on_gpu for name in t.shares.keys() & self.configured]:
@@ -3868,11 +3871,13 @@ def used_models(
         )
     ]
     for adapter, scale in scales.items():
-        file = models.files.get(adapter) or engine.files.loras[adapter]
+        file = models.files.get(("loras", adapter)) or engine.files.loras[adapter]
         config = settings.stack.get(adapter) or civitai_config(adapter.removeprefix("civitai_"))
         used.append(UsedModel("lora", config["name"], file.stem, version_id(config), addnet_hash(file), scale))
     for name in embeddings:
-        if file := models.files.get(name) or engine.files.embeddings.get(name):  # else a LoRA brings it along
+        if file := models.files.get(("embeddings", name)) or engine.files.embeddings.get(
+            name
+        ):  # else a LoRA brings it along
             version = file.stem.removeprefix("civitai_")
             used.append(UsedModel("embed", name, name, version, (recorded_sha256(file) or "")[:12]))
     return used
@@ -4148,12 +4153,13 @@ def recipe_resources(
     version -> name; what cannot be used."""
     loras, embeddings, checkpoints, missing = {}, {}, {}, []
     by_version = {version_id(config): adapter for adapter, config in settings.stack.items()}
+    configured, words = [version_id(config) for config in settings.embeddings], set()
     for item in resources if isinstance(resources, list) else [resources]:
         model = item if isinstance(item, dict) else {"modelName": item}
         version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
         version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
         kind, adapter = str(model.get("type")).lower(), by_version.get(version, f"civitai_{version}")
-        by_id = bool(version and settings.job_models_bytes)
+        by_id = version and (settings.job_models_bytes or version in configured)
         if adapter in settings.stack or (by_id and kind in LORA_TYPES):
             called = {"name": adapter} if adapter in settings.stack else {"civitai": int(version)}
             loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
@@ -4163,8 +4169,14 @@ def recipe_resources(
             "embed",
             *EMBEDDING_TYPES,
         ):  # Civitai's name is a title, this worker's the prompt's word
-            is_word = isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name in prompts
-            embeddings[version] = {"civitai": int(version)} | ({"name": name} if is_word else {})
+            is_word = isinstance(name, str) and re.search(
+                rf"(?<![\w\\-]){re.escape(name)}(?![\w-])", prompts, re.IGNORECASE
+            )
+            called = (
+                {"name": name} if is_word and re.fullmatch(EMBEDDING_NAME, name) and name.lower() not in words else {}
+            )
+            embeddings[version] = {"civitai": int(version)} | called
+            words |= {word.lower() for word in called.values()}
         else:
             named = [shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model]
             missing.append(" ".join(named))
@@ -4518,9 +4530,13 @@ def lora_list(name: str, value: Any) -> list[NamedModel] | None:
     """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]; null -> None, the configured stack."""
     if value is None:
         return None
-    scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), or_null(text_of(1, 200))
+    scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), text_of(1, 200)
     return [
-        NamedModel(called(f"{at}.name", item.get("name")), version, scale(f"{at}.scale", item.get("scale")))
+        NamedModel(
+            called(f"{at}.name", item["name"]) if "name" in item else None,
+            version,
+            scale(f"{at}.scale", item.get("scale")),
+        )
         for at, item, version in entries(name, value, ("name", "civitai", "air"), ("scale",), LORA_TYPES)
     ]
 
@@ -4534,7 +4550,7 @@ def embedding_list(name: str, value: Any) -> list[NamedModel]:
         called = item.get("name")
         if called is not None and not (isinstance(called, str) and re.fullmatch(EMBEDDING_NAME, called)):
             raise InvalidInput(f"{at}.name must be one word of letters, digits, _, - and ., got {shown(called)}")
-        if any(version == one.version or (called and called == one.name) for one in listed):
+        if any(version == one.version or (called and called.lower() == (one.name or "").lower()) for one in listed):
             raise InvalidInput(f"{at}: {called or ''} Civitai model version {version} is given twice")
         listed.append(NamedModel(called, version))
     return listed
@@ -4907,7 +4923,7 @@ class JobModels:
 
     loras: dict[str, Lora] = field(default_factory=dict)  # by adapter name
     embeddings: dict[str, Embedding] = field(default_factory=dict)  # by the name that prompts call it
-    files: dict[str, Path] = field(default_factory=dict)  # of both, by the same names
+    files: dict[tuple[str, str], Path] = field(default_factory=dict)  # of both, by field and name
     warnings: list[str] = field(default_factory=list)
 
 
@@ -4936,9 +4952,12 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
                 return name, path, read_embedding(name, path, engine.pipe)
             except BadModel as error:
                 reason = error
-            if path.exists():  # else another job's model has taken its room meanwhile
-                break
-        raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path)
+            if path.exists():
+                raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path)
+        raise DownloadFailed(
+            f"{kind}: Civitai model version {item.version} made room for models of other jobs again and again: "
+            f"set a larger JOB_MODELS_GB"
+        )
 
     with timings("models", gpu=False):
         futures = [in_background(fetch, *one) for one in wanted]
@@ -4950,7 +4969,9 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
             models.warnings.append(f"{error}; it was left out")
             continue
         name, path, content = future.result()
-        models.files[name], getattr(models, kind)[name] = path, content
+        if kind == "embeddings" and name.lower() in map(str.lower, models.embeddings):  # two files of one name
+            name, content = path.stem, replace(content, name=path.stem)
+        models.files[kind, name], getattr(models, kind)[name] = path, content
     return models
 
 
@@ -4961,15 +4982,17 @@ def generate(
     pipe, stack = engine.pipe, engine.stack
     check_memory(pipe, request)
     with timings("loras"):
-        for adapter, lora in models.loras.items():
-            stack.add(adapter, lora)
-        scales = {name: scale for name, scale in request.loras.items() if name in engine.settings.stack | models.loras}
+        here = engine.settings.stack | models.loras  # without those of a recipe that cannot be had
+        scales = {name: scale for name, scale in request.loras.items() if scale and name in here}
+        for adapter in scales.keys() & models.loras:
+            stack.add(adapter, models.loras[adapter])
         changed = stack.apply(scales)
     if not changed:
         del timings.seconds["loras"]
     with timings("encode"):
-        bundled = chain.from_iterable(stack.loras[adapter].embeddings.items() for adapter in stack.applied)
-        embeddings = engine.embeddings | dict(bundled) | models.embeddings
+        bundled = chain.from_iterable(stack.loras[adapter].embeddings.values() for adapter in stack.applied)
+        known = chain(engine.embeddings.values(), bundled, models.embeddings.values())  # of equal names the last counts
+        embeddings = {embedding.name.lower(): embedding for embedding in known}
         conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
         latents = encode(pipe, [request.image.pixels]) if request.image else None
     observer.denoising()
@@ -5010,7 +5033,7 @@ def describe(
     answered = request.described()
     if request.embeddings:
         answered["embeddings"] = [
-            {"name": name, "civitai": int(models.files[name].stem.removeprefix("civitai_"))}
+            {"name": name, "civitai": int(models.files["embeddings", name].stem.removeprefix("civitai_"))}
             for name in models.embeddings
         ]
     return answered | {

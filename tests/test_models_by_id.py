@@ -19,7 +19,7 @@ from world import API_KEY, World, write_bad_lora, write_lora, write_tensors
 import handler
 
 SMALL = {"prompt": "a lighthouse", "width": 256, "height": 256, "steps": 2, "seed": 7, "loras": []}
-FILM, TILT, WORDY, COPY, MOOD, BROKEN, GONE = 1001, 1002, 1003, 1004, 2001, 3001, 4001
+FILM, TILT, WORDY, COPY, UNUSED, MOOD, BROKEN, GONE = 1001, 1002, 1003, 1004, 1005, 2001, 3001, 4001
 STRIPES = {"civitai": FILM, "scale": 0.8}
 
 
@@ -38,6 +38,7 @@ def server(world: World, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     files = {
         FILM: write_lora(origin / "film.safetensors", strength=0.5),
         TILT: write_lora(origin / "tilt.safetensors", style="peft", strength=0.5, seed=2),
+        UNUSED: write_lora(origin / "unused.safetensors", seed=3),
         MOOD: write_tensors(origin / "badMood.safetensors", vectors(3, seed=1)),
         BROKEN: write_bad_lora(origin / "broken.safetensors", "sd15"),
     }
@@ -118,6 +119,33 @@ def test_an_embedding_by_id(server):
     assert np.array_equal(picture(named), used)
     assert np.array_equal(picture(answer(prompt="a lighthouse, badMood")), words)
     assert 'TI hashes: "badMood: ' in recipe(reply) and f'"modelVersionId":{MOOD}' in recipe(reply)
+
+
+def test_names_of_embeddings_in_recipes(server):
+    """A title is a name where the prompt has it as a whole word, whatever its case, and for one embedding alone."""
+    embed = '{"type":"embed","modelVersionId":%d,"modelName":"%s"}'
+    for prompt, titles, names in (
+        ("a badMood_XL", ["badMood"], [None]),
+        ("a (BADMOOD:1.2)", ["badMood"], ["badMood"]),
+        ("a zneg", ["zneg", "zneg"], ["zneg", None]),
+    ):
+        resources = ",".join(embed % (i + 1, title) for i, title in enumerate(titles))
+        text = f"{prompt}\nSteps: 2, Sampler: Euler, Size: 256x256, Civitai resources: [{resources}]"
+        assert [item.name for item in seams.parse({"parameters": text}).embeddings] == names
+
+
+def test_the_case_of_an_embeddings_name_does_not_count(server):
+    """In another case the vectors are used too, and the recipe draws the same picture."""
+    first = answer(prompt="a GLOOM", embeddings=[{"civitai": MOOD, "name": "gloom"}])
+    again = handler.handler({"id": "test", "input": {"parameters": recipe(first)}})
+    assert np.array_equal(picture(again), picture(first))
+    assert not np.array_equal(picture(answer(prompt="a GLOOM")), picture(first))
+
+
+def test_loras_of_scale_0_are_not_kept(server):
+    """A LoRA that a job switches off is not taken into the stack."""
+    reply = answer(loras=[{"civitai": UNUSED, "scale": 0}])
+    assert reply["metadata"]["loras"] == [] and f"civitai_{UNUSED}" not in seams.engine().stack.loras
 
 
 def test_an_embedding_that_a_lora_brings_along(server):
@@ -206,6 +234,8 @@ def test_a_stopped_job_does_not_wait_for_its_models(server):
         ({"loras": [{"civitai": True}]}, ["loras[0].civitai", "whole number"]),
         ({"loras": [{"civitai": 10**12}]}, ["loras[0].civitai", "9999999999"]),
         ({"loras": [{"civitai": 5, "name": "a"}]}, ["one of name and civitai"]),
+        ({"loras": [{"name": None}]}, ["loras[0].name", "text"]),
+        ({"embeddings": [{"civitai": 5, "name": "a"}, {"civitai": 6, "name": "A"}]}, ["twice"]),
         ({"loras": [{"civitai": 5}, {"civitai": "5"}]}, ["version 5", "twice"]),
         ({"loras": [{"civitai": 5, "scale": 11}]}, ["loras[0].scale", "-10 to 10"]),
         ({"loras": [{"civitai": 5, "weight": 1}]}, ["loras[0]", "unknown field", "weight"]),
