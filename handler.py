@@ -653,8 +653,7 @@ class Store:
                     f"{download} needs {size / MB:.0f} MB, but models in use take up what JOB_MODELS_GB allows; "
                     f"try later, or set more than {limit / MB:.0f} MB"
                 )
-            volume = os.statvfs(path.parent)  # a full one has less room than is allowed: check_space looks again
-            excess = max(excess, size - volume.f_bavail * volume.f_frsize if volume.f_blocks else 0)
+            excess = max(excess, size - free_disk_bytes(path.parent))  # a full one has less room than is allowed
             for file in idle:
                 if excess > 0:
                     file.delete()
@@ -690,9 +689,8 @@ class Store:
             volumes.setdefault(folder.stat().st_dev, (folder, {}))[1][download] = max(0, missing)
         for folder, missing_bytes in volumes.values():
             first, *others = missing_bytes
-            volume, needed = os.statvfs(folder), sum(missing_bytes.values())
-            free = volume.f_bavail * volume.f_frsize
-            if volume.f_blocks and needed > free:  # some network file systems tell nothing
+            needed, free = sum(missing_bytes.values()), free_disk_bytes(folder)
+            if needed > free:
                 raise DownloadError(
                     f"{first} {f'and {len(others)} more need' if others else 'needs'} {needed / MB:.0f} MB, but the "
                     f"model store has {free / MB:.0f} MB free: take a larger network volume, or another MODEL_CACHE_DIR"
@@ -819,6 +817,12 @@ def read_ahead(path: Path, readers: Places) -> None:
 
     for _ in range(READERS):
         in_background(read_all)
+
+
+def free_disk_bytes(folder: Path) -> float:
+    """What still fits onto the folder's volume; inf where a network file system does not tell."""
+    volume = os.statvfs(folder)
+    return volume.f_bavail * volume.f_frsize if volume.f_blocks else math.inf
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -1544,10 +1548,8 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            if (
-                device == "cuda"
-                and torch.cuda.mem_get_info()[0] < weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
-            ):
+            resident_bytes = weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
+            if device == "cuda" and torch.cuda.mem_get_info()[0] < resident_bytes:
                 for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
                     keep_host_weights(model)
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
@@ -1556,9 +1558,7 @@ class Engine:
         check_weights(pipe)
         with phase("merging the LoRA stack"), as_setup_failure("the LoRA stack could not be merged"):
             stack.apply({name: config["scale"] for name, config in settings.stack.items()})
-        in_background(
-            lambda: list(map(addnet_hash, files.loras.values()))
-        )  # ahead of the first recipe, which needs them
+        in_background(lambda: list(map(addnet_hash, files.loras.values())))  # ahead of the first recipe
         if settings.torch_compile:
             compile_unet(pipe)
         scheduler_config = {**pipe.scheduler.config, **scheduler_config}
@@ -1693,10 +1693,9 @@ def keep_host_weights(model: Any) -> None:
             if home:
                 held.clear()
             elif target.startswith("cuda") and not held and self.device.type == "cpu":
-                weights = [
-                    (module, *one) for module in self.modules() for one in module.named_parameters(recurse=False)
-                ]
-                held.extend((module, name, weight, weight.data) for module, name, weight in weights)
+                for module in self.modules():
+                    parameters = module.named_parameters(recurse=False)
+                    held.extend((module, name, weight, weight.data) for name, weight in parameters)
         return kind.to(self, *args, **kwargs)
 
     model.__class__ = type(kind.__name__, (kind,), {"to": to})  # accelerate removes a `to` of the model's own
@@ -1978,6 +1977,7 @@ class Share:
 
     @property
     def size_bytes(self) -> int:
+        """What its numbers take."""
         return sum(part.nbytes for part in self.parts.values())
 
     def to(self, device: Any) -> Share:
@@ -2006,8 +2006,9 @@ class Lora:
     embeddings: dict[str, Embedding]  # which it brings along, by name
     warnings: list[str]
 
-    @property
+    @functools.cached_property
     def size_bytes(self) -> int:
+        """What its numbers take."""
         return sum(share.size_bytes for share in self.shares.values())
 
 
@@ -2454,6 +2455,12 @@ def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Em
     return Embedding(name, *vectors, digest.hexdigest())
 
 
+def embedding_use(names: str) -> re.Pattern[str]:
+    """Where a prompt uses embeddings whose names this pattern tells: as whole words, in any case, or as
+    "embedding:name"."""
+    return re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?![\w-])", re.IGNORECASE)
+
+
 def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
     """The prompt with a mark for each use of an embedding: its name as a whole word, or as "embedding:name".
 
@@ -2464,8 +2471,7 @@ def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
         return prompt
     longest = sorted(marks, key=lambda mark: len(marks[mark].name), reverse=True)
     names = "|".join(f"({re.escape(marks[mark].name)})" for mark in longest)
-    use = re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?![\w-])", re.IGNORECASE)
-    return use.sub(lambda found: longest[found.lastindex - 1], prompt)
+    return embedding_use(names).sub(lambda found: longest[found.lastindex - 1], prompt)
 
 
 # A1111's prompt language
@@ -3863,23 +3869,18 @@ def used_models(
     engine: Engine, models: JobModels, scales: Mapping[str, float], embeddings: Iterable[str]
 ) -> list[UsedModel]:
     """What a job's pictures are drawn with: the checkpoint, LoRAs at their scales, embeddings by their names."""
-    settings, checkpoint = engine.settings, engine.settings.checkpoint
-    name, version = checkpoint["name"], version_id(checkpoint)
-    used = [
-        UsedModel(
-            "checkpoint", name, Path(checkpoint["filename"]).stem, version, checkpoint_hash(engine.files.checkpoint)
-        )
-    ]
+    settings, config = engine.settings, engine.settings.checkpoint
+    stem, short_hash = Path(config["filename"]).stem, recorded_hash(engine.files.checkpoint)
+    used = [UsedModel("checkpoint", config["name"], stem, version_id(config), short_hash)]
     for adapter, scale in scales.items():
         file = models.files.get(("loras", adapter)) or engine.files.loras[adapter]
         config = settings.stack.get(adapter) or civitai_config(adapter.removeprefix("civitai_"))
         used.append(UsedModel("lora", config["name"], file.stem, version_id(config), addnet_hash(file), scale))
     for name in embeddings:
-        if file := models.files.get(("embeddings", name)) or engine.files.embeddings.get(
-            name
-        ):  # else a LoRA brings it along
+        file = models.files.get(("embeddings", name)) or engine.files.embeddings.get(name)
+        if file:  # else a LoRA brings it along
             version = file.stem.removeprefix("civitai_")
-            used.append(UsedModel("embed", name, name, version, (recorded_sha256(file) or "")[:12]))
+            used.append(UsedModel("embed", name, name, version, recorded_hash(file, 12)))
     return used
 
 
@@ -4129,7 +4130,7 @@ def recipe_models(
     for adapter, config in stack.items() if unknown else ():
         file = settings.lora_dir / config["filename"]
         if file.is_file():
-            by_hash |= dict.fromkeys((addnet_hash(file)[:10], checkpoint_hash(file)), adapter)
+            by_hash |= dict.fromkeys((addnet_hash(file)[:10], recorded_hash(file)), adapter)
     by_hash.pop("", None)
     renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
     tags, by_id = dict(split_lora_tags(prompt)[1]), any("civitai" in lora for lora in loras.values())
@@ -4165,18 +4166,13 @@ def recipe_resources(
             loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
         elif kind in ("checkpoint", "model"):
             checkpoints[version] = name
-        elif by_id and kind in (
-            "embed",
-            *EMBEDDING_TYPES,
-        ):  # Civitai's name is a title, this worker's the prompt's word
-            is_word = isinstance(name, str) and re.search(
-                rf"(?<![\w\\-]){re.escape(name)}(?![\w-])", prompts, re.IGNORECASE
-            )
-            called = (
-                {"name": name} if is_word and re.fullmatch(EMBEDDING_NAME, name) and name.lower() not in words else {}
-            )
-            embeddings[version] = {"civitai": int(version)} | called
-            words |= {word.lower() for word in called.values()}
+        elif by_id and kind in ("embed", *EMBEDDING_TYPES):
+            embeddings[version] = {"civitai": int(version)}
+            # Civitai's name is a title, this worker's the prompt's word
+            if isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name.lower() not in words:
+                found = embedding_use(re.escape(name)).search(prompts)
+                embeddings[version] |= {"name": name} if found else {}
+                words |= {name.lower()} if found else set()
         else:
             named = [shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model]
             missing.append(" ".join(named))
@@ -4188,7 +4184,7 @@ def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Se
     by name. Takes their keys."""
     checkpoint, missing = settings.checkpoint, []
     name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
-    own_hash = checkpoint_hash(settings.checkpoint_dir / checkpoint["filename"])
+    own_hash = recorded_hash(settings.checkpoint_dir / checkpoint["filename"])
     if checkpoints:
         same, name = version_id(checkpoint) in checkpoints, name or next(iter(checkpoints.values()))
     elif own_hash and len(digits) >= len(own_hash):
@@ -4216,13 +4212,10 @@ def addnet_hash(file: Path) -> str:
         return ""
 
 
-def checkpoint_hash(file: Path) -> str:
-    """A1111's hash of a checkpoint: 10 digits of its SHA256, "" where the store has none on record."""
-    try:
-        return (recorded_sha256(file) or "")[:10]
-    except OSError as error:
-        log.warning("no hash of %s: %s", file.name, error)
-        return ""
+def recorded_hash(file: Path, digits: int = 10) -> str:
+    """The first digits of a file's SHA256, as A1111 shows 10 of a checkpoint's and 12 of an embedding's; "" where the
+    store has none on record."""
+    return (recorded_sha256(file) or "")[:digits]
 
 
 # files
@@ -5028,8 +5021,9 @@ def describe(
     settings, stack, failed = engine.settings, engine.stack, engine.stack.failed
     of_models = [f"LoRA {name} was left out: {failed[name]}" for name in request.loras if name in failed]
     of_models += [f"LoRA {name}: {warning}" for name in loras for warning in stack.loras[name].warnings]
-    prompts, absent = f"{request.prompt} {request.negative_prompt}".lower(), engine.files.embeddings_failed
-    of_models += [f"embedding {name} was left out: {why}" for name, why in absent.items() if name.lower() in prompts]
+    prompts, absent = f"{request.prompt} {request.negative_prompt}", engine.files.embeddings_failed
+    used = [name for name in absent if embedding_use(re.escape(name)).search(prompts)]
+    of_models += [f"embedding {name} was left out: {absent[name]}" for name in used]
     answered = request.described()
     if request.embeddings:
         answered["embeddings"] = [
@@ -5094,8 +5088,7 @@ def serve_queue() -> None:
 def warm_up() -> int:
     """Loads the models and draws a first image, or raises WorkerError; returns how many jobs the worker may hold."""
     settings = Settings.from_environ()
-    files = [settings.checkpoint_dir / settings.checkpoint["filename"]]
-    files += [settings.lora_dir / config["filename"] for config in settings.loras]
+    files = [download.path for download in Store(settings).configured]
     with as_setup_failure("the model store cannot be written to: check MODEL_CACHE_DIR"):
         for folder in {file.parent for file in files if not file.is_file()}:
             folder.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,6 @@ QUICK |= {"SEGMENT": 1 << 18, "BLOCK": 1 << 16}
 QUICK_LOCKS = {"LOCK_POLL_S": 0.02, "LOCK_BEAT_S": 0.05, "LOCK_DEAD_S": 2.0}  # seconds
 
 
-def tune(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
-    """Sets constants of the store for one test."""
-    for name, value in constants.items():
-        monkeypatch.setattr(handler, name, value)
-
-
 def constant(name: str) -> float:
     """A constant of the store."""
     return getattr(handler, name)
@@ -371,7 +365,7 @@ UsedModel = handler.UsedModel  # the recipe of models that are not in the table
 write_recipe = handler.write_recipe  # recipes with any prompt, without drawing a picture for each
 encode_images = handler.encode_images  # files of any pixels
 deliver = handler.deliver  # answers of any pixels and limit: the largest job would take minutes to draw
-checkpoint_hash = handler.checkpoint_hash  # of a fetched file: a worker that fetches one would have to load it
+recorded_hash = handler.recorded_hash  # of a fetched file: a worker that fetches one would have to load it
 LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large answer is sent as
 
 

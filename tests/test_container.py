@@ -333,7 +333,7 @@ def test_bake_step_leaves_a_store_that_needs_no_check(tmp_path, civitai, monkeyp
     assert not any(civitai.key.encode() in file.read_bytes() for file in baked)
     models = [file for file in baked if file.suffix == ".safetensors"]
     assert len(models) == 1 + len(handler.LORA_CONFIGS)
-    assert all(file.stat().st_mtime_ns % 10**9 == 0 and seams.checkpoint_hash(file) for file in models)
+    assert all(file.stat().st_mtime_ns % 10**9 == 0 and seams.recorded_hash(file) for file in models)
     monkeypatch.setenv("MODEL_CACHE_DIR", str(tmp_path / "models"))
     monkeypatch.setenv("CIVITAI_BASE_URL", "http://127.0.0.1:9")
     checkpoint, loras = handler.setup_models()

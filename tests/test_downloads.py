@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
     """Civitai with one model; the worker's patience is shrunk to match a test's."""
-    seams.tune(monkeypatch, **seams.QUICK)
+    seams.set(monkeypatch, **seams.QUICK)
     with CivitaiServer({ID: model}, key=KEY) as server:
         monkeypatch.setenv("CIVITAI_BASE_URL", server.url)
         monkeypatch.setenv("CIVITAI_API_KEY", KEY)
@@ -195,7 +195,7 @@ PASSING = {
 def test_passing_fault(server, model, tmp_path, monkeypatch, faults):
     """A fault that passes ends in the whole file, with nothing left beside it."""
     if any(fault.stall_s or fault.drip_s for fault in faults):
-        seams.tune(monkeypatch, STALL_S=1.5)
+        seams.set(monkeypatch, STALL_S=1.5)
     if faults[-1].flip_at:  # in the first try alone, that is
         faults = [Fault(), *[Fault(flip_at=3 * MIB, times=11)]]
     server.faults[ID] = [Fault(**vars(fault)) for fault in faults]
@@ -290,7 +290,7 @@ def test_lasting_fault(server, tmp_path, faults):
 
 def test_stall(server, tmp_path, monkeypatch):
     """A server that sends nothing any more is left."""
-    seams.tune(monkeypatch, TRIES=3, STALL_S=0.4)
+    seams.set(monkeypatch, TRIES=3, STALL_S=0.4)
     server.faults[ID] = [Fault(), Fault(cut_after=0, stall_s=60, times=-1)]
     assert "sent nothing" in refusal(tmp_path)
 
@@ -371,7 +371,7 @@ def test_unreadable_listing(server, model, tmp_path, caplog, fault, told):
 @pytest.mark.parametrize("fault", [Fault("info", drip_s=0.1, times=-1), Fault("info", endless=True, times=-1)])
 def test_listing_without_an_end(server, model, tmp_path, monkeypatch, fault):
     """A listing that drips, or never ends, keeps no download waiting."""
-    seams.tune(monkeypatch, LISTING_S=0.5)
+    seams.set(monkeypatch, LISTING_S=0.5)
     server.faults[ID] = [fault]
     assert fetch(tmp_path).read_bytes() == model.read_bytes()
     assert len(server.requests_of("info")) == 2
@@ -516,7 +516,7 @@ def test_memory(server, tmp_path):
 
 def test_progress_lines(server, tmp_path, monkeypatch, caplog):
     """In a log, a line tells percent, speed and time left."""
-    seams.tune(monkeypatch, REPORT_S=0.1)
+    seams.set(monkeypatch, REPORT_S=0.1)
     server.rate = 500_000
     with caplog.at_level(logging.INFO, seams.log.name):
         fetch(tmp_path)
@@ -527,7 +527,7 @@ def test_progress_lines(server, tmp_path, monkeypatch, caplog):
 
 def test_progress_of_a_file_fetched_twice(server, tmp_path, monkeypatch, caplog):
     """A file that is fetched again after a wrong hash is counted once: its progress stays within 100 % of its size."""
-    seams.tune(monkeypatch, REPORT_S=0.1)
+    seams.set(monkeypatch, REPORT_S=0.1)
     server.rate = 500_000
     server.faults[ID] = [Fault("info", wrong_hash=True, times=-1)]
     with caplog.at_level(logging.INFO, seams.log.name):

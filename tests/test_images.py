@@ -134,8 +134,8 @@ def test_checkpoint_hash_is_a1111s(civitai, tmp_path, monkeypatch):
     source, fetched, by_hand = civitai.files[135867], tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     handler.download_file(handler.LORA_CONFIGS[0]["url"], fetched)
     by_hand.write_bytes(fetched.read_bytes())
-    assert seams.checkpoint_hash(fetched) == hashlib.sha256(source.read_bytes()).hexdigest()[:10]
-    assert seams.checkpoint_hash(by_hand) == seams.checkpoint_hash(tmp_path / "gone.safetensors") == ""
+    assert seams.recorded_hash(fetched) == hashlib.sha256(source.read_bytes()).hexdigest()[:10]
+    assert seams.recorded_hash(by_hand) == seams.recorded_hash(tmp_path / "gone.safetensors") == ""
 
 
 # the files

@@ -24,7 +24,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiS
     """Civitai with a few LoRAs; the worker's jobs may keep two of them."""
     files = {version: write_model(tmp_path / f"{version}.origin", MIB) for version in (1, 135867, *IDS)}
     files[BIG] = write_model(tmp_path / "big.origin", 2 * MIB)
-    seams.tune(monkeypatch, **seams.QUICK | seams.QUICK_LOCKS)
+    seams.set(monkeypatch, **seams.QUICK | seams.QUICK_LOCKS)
     with CivitaiServer(files, key=KEY) as server:
         environ = {"CIVITAI_BASE_URL": server.url, "CIVITAI_API_KEY": KEY, "MODEL_CACHE_DIR": str(tmp_path / "models")}
         environ |= {"CHECKPOINT": "1", "LORAS": "", "JOB_MODELS_GB": "0.0025", "JOB_MODEL_MAX_MB": "3"}

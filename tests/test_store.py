@@ -32,7 +32,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiS
     """Civitai with a checkpoint and two LoRAs, which are what the settings ask for."""
     names = ["civitai_1", "detail_tweaker_xl", "hand_detail_flux_xl"]
     files = {n: write_model(tmp_path / f"{name}.origin", MIB) for n, name in zip([1, *IDS], names, strict=False)}
-    seams.tune(monkeypatch, **seams.QUICK)
+    seams.set(monkeypatch, **seams.QUICK)
     with CivitaiServer(files, key=KEY) as server:
         environ = {"CIVITAI_BASE_URL": server.url, "CIVITAI_API_KEY": KEY, "MODEL_CACHE_DIR": str(tmp_path / "models")}
         for name, value in (environ | {"CHECKPOINT": "1", "LORAS": "135867,294259@0.5"}).items():
@@ -251,7 +251,7 @@ def test_read_ahead(tmp_path):
 @pytest.mark.parametrize(("slow_s", "most"), [(60, 2), (0.0, 8)])
 def test_readers(tmp_path, monkeypatch, slow_s, most):
     """Two read ahead on a fast disk, eight where every read waits for a server; all is read."""
-    seams.tune(monkeypatch, READ_BYTES=MIB, SLOW_READ_S=slow_s)
+    seams.set(monkeypatch, READ_BYTES=MIB, SLOW_READ_S=slow_s)
     now, seen, read, lock = 0, 0, 0, threading.Lock()
 
     def preadv(_descriptor: int, _buffers: list, _offset: int, flags: int = 0) -> int:
@@ -282,7 +282,7 @@ def is_cached(descriptor: int, offset: int) -> bool:
 
 def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
     """A chunk that cannot be read ahead is logged and left out; all others are read."""
-    seams.tune(monkeypatch, READ_BYTES=MIB)
+    seams.set(monkeypatch, READ_BYTES=MIB)
     read, real = [], os.preadv
 
     def preadv(descriptor: int, buffers: list, offset: int, flags: int = 0) -> int:
@@ -493,7 +493,7 @@ def make_lock(folder: Path, owner: str = ELSEWHERE, mtime: float | None = None) 
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    seams.tune(monkeypatch, **FAST)
+    seams.set(monkeypatch, **FAST)
 
 
 def test_a_dead_worker_blocks_nobody_for_a_minute():
