@@ -528,9 +528,11 @@ def test_canaries(shared):
 def test_sigterm_while_idle(light):
     """A job that comes within the last poll of an idle worker told to stop is run and answered."""
     server, worker, _ = light
-    server.wait_for(lambda: server.open_polls() and server.stop_polls[-1].ended is None)
+    # a young one: the queue ends it after 20 s, and the worker told to stop begins no other
+    young = lambda: any(time.monotonic() - poll.started < 10 for poll in server.open_polls())  # noqa: E731
+    server.wait_for(lambda: young() and server.stop_polls[-1].ended is None, 30)
     worker.terminate()
-    time.sleep(1)
+    time.sleep(0.5)
     job_id = server.submit(SHORT)
     assert worker.wait(10) == 0
     assert is_good(server.jobs[job_id].results[0].payload)
