@@ -223,6 +223,14 @@ class Settings:
         """The configured LoRAs by adapter name."""
         return dict(zip(adapter_names(self.loras), self.loras, strict=True))
 
+    def adapter(self, version: str) -> str:
+        """The adapter name of the LoRA with a version id: the stack's, or for one that is not in it its own."""
+        return {version_id(config): name for name, config in self.stack.items()}.get(version, f"civitai_{version}")
+
+    def allows(self, version: str) -> bool:
+        """Whether a job may name a LoRA or embedding by this id."""
+        return self.job_models_bytes > 0 or version in map(version_id, (*self.loras, *self.embeddings))
+
     @classmethod
     def from_environ(cls) -> Settings:
         """Raises SetupFailed with the setting's name, its rule and, unless it is secret, its value."""
@@ -609,8 +617,6 @@ class Store:
                 file = JobFile.read(download.path)
                 by_another_endpoint = not file and download.path.exists()  # one that shares the store has configured it
                 download.of_job = not by_another_endpoint and all(download.path != one.path for one in self.configured)
-                if download.of_job and not self.settings.job_models_bytes:
-                    raise InvalidInput("a job cannot name models by id on this worker: JOB_MODELS_GB is 0")
                 if file:  # note the use, but make no new mark: a start that configures the file deletes it
                     with suppress(OSError), beside(download.path, "job").open("r+") as mark:
                         mark.write(f"{self.user} {file.size}\n")
@@ -2900,10 +2906,16 @@ class Encoded:
 
 
 def join_chunks(states: Any, pooled: Any, counts: list[int], long_prompt: str) -> Encoded:
-    """A prompt's chunks blended to (1, 77, 2048) with the mean of the pooled embeddings, which says what each chunk is
-    about; or concatenated to (1, 77·n, 2048) with the first chunk's, as in A1111."""
+    """A prompt's chunks blended to (1, 77, 2048), or concatenated to (1, 77·n, 2048) with the first chunk's pooled
+    embedding, as in A1111.
+
+    A chunk's EOS state and its pooled embedding sum it up, and would contradict each other: one of a chunk without an
+    object says that there is none. Blended, each EOS state is the mean of all, and so is the pooled embedding.
+    """
     if long_prompt == "concat" or len(counts) == 1:
         return Encoded(torch.cat([*states]).unsqueeze(0), pooled[:1], len(counts))
+    states, ends = states.clone(), (range(len(counts)), [count + 1 for count in counts])
+    states[ends] = states[ends].float().mean(dim=0).to(states.dtype)
     mean = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
     return Encoded(build_77_token_tensor([*states.split(1)], counts), mean, len(counts))
 
@@ -4153,14 +4165,13 @@ def recipe_resources(
     """Civitai's own list in a recipe: LoRAs, adapter -> entry of the field; embeddings, version -> entry; checkpoints,
     version -> name; what cannot be used."""
     loras, embeddings, checkpoints, missing = {}, {}, {}, []
-    by_version = {version_id(config): adapter for adapter, config in settings.stack.items()}
-    configured, words = [version_id(config) for config in settings.embeddings], set()
+    words: set[str] = set()
     for item in resources if isinstance(resources, list) else [resources]:
         model = item if isinstance(item, dict) else {"modelName": item}
         version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
         version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
-        kind, adapter = str(model.get("type")).lower(), by_version.get(version, f"civitai_{version}")
-        by_id = version and (settings.job_models_bytes or version in configured)
+        kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
+        by_id = version and settings.allows(version)
         if adapter in settings.stack or (by_id and kind in LORA_TYPES):
             called = {"name": adapter} if adapter in settings.stack else {"civitai": int(version)}
             loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
@@ -4614,9 +4625,8 @@ class JobRequest:
             values[name] = check_prompt(name, values[name], warnings)
         # 3. models; those of a recipe may be left out
         optional = frozenset({"loras", "embeddings"} & recipe.keys() - given.keys())
-        configured = [version_id(config) for config in (*settings.loras, *settings.embeddings)]
-        by_id = [item.version for item in (*(values["loras"] or ()), *values["embeddings"])]
-        if not settings.job_models_bytes and any(version not in configured for version in filter(None, by_id)):
+        by_id = [item.version for item in (*(values["loras"] or ()), *values["embeddings"]) if item.version]
+        if not all(map(settings.allows, by_id)):
             raise InvalidInput("loras and embeddings by id are switched off on this worker: JOB_MODELS_GB is 0")
         values["loras"] = choose_loras(values["loras"], values["prompt"], settings, warnings, "loras" in optional)
         # 4. pictures, last: their addresses take time
@@ -4749,12 +4759,9 @@ def choose_loras(
     """The job's stack, adapter -> scale: the `loras` that it lists or the configured ones, then <lora:…> tags. What is
     listed by its id and is not of the configured stack is the adapter civitai_<id>."""
     stack, known = settings.stack, stack_names(settings)
-    by_version = {version_id(config): name for name, config in stack.items()}
     chosen = {name: config["scale"] for name, config in stack.items()} if listed is None else {}
     for item in listed or ():
-        adapter = known.get(sanitize_name(item.name)) if item.version is None else by_version.get(item.version)
-        if item.version and not adapter:
-            adapter = f"civitai_{item.version}"
+        adapter = settings.adapter(item.version) if item.version else known.get(sanitize_name(item.name))
         called = shown(item.name) if item.version is None else f"Civitai model version {item.version}"
         if adapter is None:
             raise InvalidInput(f"loras: {called} is not in the stack: {', '.join(stack) or 'it is empty'}")

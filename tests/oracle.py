@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,8 +250,17 @@ def side(pipe: Any, prompt: str, mode: str, *options: Any) -> tuple[torch.Tensor
         return torch.cat(hidden)[None], pooled[0], len(hidden)
     # by the worker's own function, which test_blend proves: of this model's states, which are hardly unlike, rounding
     # decides which are the most alike
-    blended = handler.build_77_token_tensor([chunk[None] for chunk in hidden], list(counts))
+    blended = handler.build_77_token_tensor([chunk[None] for chunk in shared_eos(hidden, counts)], list(counts))
     return blended, sum(pooled) / len(pooled), len(hidden)
+
+
+def shared_eos(chunks: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
+    """Chunks (..., 77, D) with the mean of all EOS states in place of each; one chunk stays as it is."""
+    mean = sum(chunk[..., count + 1, :] for chunk, count in zip(chunks, counts, strict=True)) / len(chunks)
+    shared = [chunk.clone() for chunk in chunks]
+    for chunk, count in zip(shared, counts, strict=True):
+        chunk[..., count + 1, :] = mean
+    return shared
 
 
 def conditioning(

@@ -380,6 +380,12 @@ def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     return states, counts, pooled
 
 
+def blended_chunks(states: Any, counts: list[int], pooled: Any) -> tuple[Any, Any]:
+    """What encoded_chunks gives, blended as a job's is: (1, 77, D), (1, P)."""
+    encoded = handler.join_chunks(states, pooled, counts, "blend")
+    return encoded.embeds, encoded.pooled
+
+
 # --- jobs
 
 

@@ -486,25 +486,27 @@ def test_every_chunk_changes_the_image(pipe, mode, place):
 
 
 def test_a_jobs_chunks_are_blended_together(pipe, encoder):
-    """Both encoders' states at once, (1, 77, 2048), so that a merge is the same in both; pooled is the mean."""
+    """Both encoders' states at once, (1, 77, 2048), so that a merge is the same in both; EOS states and pooled
+    embeddings are the mean of all chunks'."""
     found = encode(encoder, LONG)
     chunks = handler.tokenize_chunks(pipe.tokenizer, LONG)
     alone = [encode(encoder, chunk) for chunk in chunks]
     counts = [len(pipe.tokenizer(chunk, add_special_tokens=False).input_ids) for chunk in chunks]
-    expected = handler.build_77_token_tensor([chunk.prompt.embeds for chunk in alone], counts)
+    expected = oracle.shared_eos([chunk.prompt.embeds for chunk in alone], counts)
+    expected = handler.build_77_token_tensor(expected, counts)
     pooled = torch.stack([chunk.prompt.pooled for chunk in alone]).mean(dim=0)
     assert_close([found.prompt.embeds, found.prompt.pooled], [expected, pooled])
 
 
 @pytest.mark.parametrize("max_tokens", [75, 40])
 def test_long_prompt_to_embedding(pipe, max_tokens):
-    """The blend of its text chunks, each as encode_prompt has it; syntax is text; pooled is the mean."""
+    """The blend of its text chunks, each as encode_prompt has it; syntax is text; EOS and pooled are means."""
     prompt = f"a (red:1.3) brick BREAK {LONG}[house]"
     embeds, pooled = handler.long_prompt_to_embedding(pipe, prompt, max_tokens)
     chunks = handler.tokenize_chunks(pipe.tokenizer, prompt, max_tokens)
     encoded = [pipe.encode_prompt(chunk) for chunk in chunks]
     counts = [len(pipe.tokenizer(chunk, add_special_tokens=False).input_ids) for chunk in chunks]
-    expected = handler.build_77_token_tensor([e[0] for e in encoded], counts)
+    expected = handler.build_77_token_tensor(oracle.shared_eos([e[0] for e in encoded], counts), counts)
     assert_close([embeds, pooled], [expected, torch.stack([e[2] for e in encoded]).mean(dim=0)])
 
 

@@ -52,7 +52,7 @@ def by_position(chunks: torch.Tensor, counts: list[int], pooled: torch.Tensor) -
 def likeness(
     share: float = 0.25,
     sizes: bool = True,
-    eos: bool = True,
+    eos: str = "each",
     padding: bool = False,
     every_bos: bool = False,
     columns: slice = slice(None),
@@ -62,19 +62,27 @@ def likeness(
     """Merging by likeness, and what it could do otherwise.
 
     share: of the pairs that are each other's most alike, how many are merged a round. sizes: means weighted by how
-    many states each stands for. eos, padding, every_bos: which states take part beside the tokens' own. columns: what
-    of a state is compared. cosine: else the dot product. pool: of the pooled vectors, "mean", "first", "tokens" (a
-    mean weighted by token counts) or "last".
+    many states each stands for. eos: "each" chunk's takes part; "shared": the mean of all in place of each; "none"; or
+    one that stands behind the others and is never merged: the "first" chunk's, the "last" one's, the "mean" of all.
+    padding, every_bos: which other states take part beside the tokens' own. columns: what of a state is compared.
+    cosine: else the dot product. pool: of the pooled vectors, "mean", "first", "tokens" (a mean weighted by token
+    counts) or "last".
     """
 
     def rule(chunks: torch.Tensor, counts: list[int], pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = chunks[range(len(chunks)), [count + 1 for count in counts]]
+        if eos == "shared":
+            chunks = chunks.clone()
+            chunks[range(len(chunks)), [count + 1 for count in counts]] = ends.mean(0)
         states = []
         for i, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
-            end = 77 if padding else count + 1 + eos
+            end = 77 if padding else count + 1 + (eos in ("each", "shared"))
             states.append(chunk[0 if every_bos and i else 1 : end])
-        left, weight = torch.cat(states), None
+        apart = {"first": ends[:1], "last": ends[-1:], "mean": ends.mean(0, keepdim=True)}.get(eos, ends[:0])
+        most = 76 - len(apart)
+        left = torch.cat(states)
         weight = torch.ones(len(left))
-        while len(left) > 76:
+        while len(left) > most:
             compared = left[:, columns]
             alike = torch.nn.functional.normalize(compared) if cosine else compared
             table = (alike @ alike.T).fill_diagonal_(-torch.inf)
@@ -82,7 +90,7 @@ def likeness(
             index = torch.arange(len(left))
             first = index[(partner[partner] == index) & (index < partner)]
             first = first[best[first].argsort(descending=True, stable=True)]
-            first = first[: min(max(int(len(first) * share), 1), len(left) - 76)]
+            first = first[: min(max(int(len(first) * share), 1), len(left) - most)]
             second = partner[first]
             a, b = (weight[first], weight[second]) if sizes else (torch.ones(len(first)),) * 2
             left[first] = (left[first] * a[:, None] + left[second] * b[:, None]) / (a + b)[:, None]
@@ -90,7 +98,7 @@ def likeness(
             kept = torch.ones(len(left), dtype=torch.bool).index_fill_(0, second, False)
             left, weight = left[kept], weight[kept]
         spare = torch.cat([chunk[count + 2 :] for chunk, count in zip(chunks, counts, strict=True)])
-        embeds = torch.cat([chunks[0, :1], left, spare[: 76 - len(left)]])[None]
+        embeds = torch.cat([chunks[0, :1], left, apart, spare[: most - len(left)]])[None]
         shares = torch.tensor(counts, dtype=torch.float)[:, None]
         vectors = {
             "mean": pooled.mean(0, keepdim=True),
@@ -114,7 +122,7 @@ def concatenated(pool: str = "first") -> Rule:
 
 def workers_own(chunks: torch.Tensor, counts: list[int], pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What handler.py does."""
-    return handler.build_77_token_tensor(list(chunks.split(1)), counts), pooled.mean(0, keepdim=True)
+    return seams.blended_chunks(chunks, counts, pooled)
 
 
 RULES: dict[str, Rule] = {
@@ -128,7 +136,11 @@ RULES: dict[str, Rule] = {
     "likeness, half the pairs": likeness(share=0.5),
     "likeness, one pair a round": likeness(share=0.0),
     "likeness, sizes not weighed": likeness(sizes=False),
-    "likeness, no EOS": likeness(eos=False),
+    "likeness, no EOS": likeness(eos="none"),
+    "likeness, first EOS alone": likeness(eos="first"),
+    "likeness, last EOS alone": likeness(eos="last"),
+    "likeness, one mean EOS": likeness(eos="mean"),
+    "likeness, each EOS the mean": likeness(eos="shared"),
     "likeness, padding too": likeness(padding=True),
     "likeness, each BOS": likeness(every_bos=True),
     "likeness, dot product": likeness(cosine=False),
@@ -141,8 +153,8 @@ RULES: dict[str, Rule] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts
 
-PLACES = ("1 of 2", "2 of 2", "3 of 3", "background 1, object 2")
-"""Which chunk holds the words that count."""
+PLACES = ("1 of 2", "2 of 2", "3 of 3", "background 1, object 2", "the same, short")
+"""Which chunk holds the words that count; the short chunks fit into one window together."""
 
 
 def decoration(rng: random.Random, tokens: int) -> str:
@@ -157,8 +169,9 @@ def long_prompt(rng: random.Random, scene: scenes.Scene, place: str) -> list[str
     """The chunks' texts."""
     thing, background = scene.things[0], f"{scene.background or 'white'} background"
     said = f"a {thing.colour} {thing.shape}"
-    if place.startswith("background"):
-        return [f"{background}, " + decoration(rng, 60), f"{said}, " + decoration(rng, 30)]
+    if place in PLACES[3:]:
+        first, second = (60, 30) if place == PLACES[3] else (10, 10)
+        return [f"{background}, " + decoration(rng, first), f"{said}, " + decoration(rng, second)]
     which, count = int(place[0]), int(place[-1])
     texts = [decoration(rng, 62 if i < count - 1 else 30) for i in range(count)]
     texts[which - 1] = f"{said} on a {background}, " + decoration(rng, 45)
@@ -193,18 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--rules", help="names from RULES, with semicolons")
+    parser.add_argument("--places", default=";".join(PLACES), help="some of PLACES, with semicolons")
     options = parser.parse_args()
     names = options.rules.split(";") if options.rules else list(RULES)
+    places = options.places.split(";")
     torch.set_num_threads(1)
     os.environ |= build_drawing_world(TESTS / ".cache").environ() | {"LORAS": ""}
     pipe = handler.load_pipeline()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
-    print("| rule | " + " | ".join(PLACES) + " |\n|---|" + "---|" * len(PLACES), flush=True)
+    print("| rule | " + " | ".join(places) + " |\n|---|" + "---|" * len(places), flush=True)
     for name in names:
         cells = []
-        for place in PLACES:
+        for place in places:
             rng, scores = random.Random(place), []
             wanted = [scenes.random_scene(rng, 0, 0) for _ in range(options.count)]
             wanted = [
