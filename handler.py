@@ -40,7 +40,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import random
 import re
@@ -274,7 +273,7 @@ def default_cache_dir() -> Path:
     on_volume = VOLUME / "models"
     if VOLUME.is_dir() and not on_volume.is_dir():
         try:
-            on_volume.mkdir()
+            on_volume.mkdir(exist_ok=True)
         except OSError as error:
             log.warning("%s cannot be written to (%s): the model store is ./models", VOLUME, error.strerror)
     return on_volume if on_volume.is_dir() else Path("models")
@@ -289,8 +288,8 @@ def is_address(text: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """A setting as an error quotes it, unless it is long or an address: a pasted download link holds a token."""
-    return repr(text) if re.fullmatch(r"[\w@.,+\s-]{0,40}", text) else "an address or another long text"
+    """A setting as an error quotes it, unless it is long or an address: it may be a key, or hold one."""
+    return repr(text) if re.fullmatch(r"[\w@.,+\s-]{0,24}", text) else "an address, a key or another long text"
 
 
 def parse_number(
@@ -493,7 +492,7 @@ TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
 PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
-REPORT_S, HASH_BYTES, HEADER_BYTES = 5.0, 16 * MIB, 32
+REPORT_S, HEADER_BYTES = 5.0, 32
 FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
@@ -684,7 +683,7 @@ class Store:
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
         volumes: dict[int, tuple[Path, dict[Download, float]]] = {}
-        for download in self.downloads:
+        for download in {download.path: download for download in self.downloads}.values():
             if download.source.size == math.inf or download.fetched:
                 continue
             missing = download.source.size
@@ -971,7 +970,7 @@ def network_faults() -> Iterator[None]:
         raise Fault("its address is not a valid URL", ONE_TRY) from error
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
         raise Fault("the server sent nothing for too long") from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+    except (OSError, urllib3.exceptions.HTTPError) as error:  # RequestException is an OSError
         raise Fault(f"the connection failed ({type(error).__name__})") from None
 
 
@@ -1170,17 +1169,13 @@ class Part:
                     self.ended.set()
 
     def sha256(self) -> str:
-        """The hash of the whole file, made behind the front of what has come. Of mapped pages: reading would copy every
-        byte once more."""
-        digest, at, front = hashlib.sha256(), 0, 0
-        while at < self.size:
+        """The hash of the whole file, made segment by segment as they come."""
+        digest, segment = hashlib.sha256(), 0
+        while segment * SEGMENT < self.size:
             given_up = self.ended.is_set()
-            while front in self.done:
-                front += 1
-            if (end := min(front * SEGMENT, self.size, at + HASH_BYTES)) > at:
-                with mmap.mmap(self.bytes.fileno(), end - at, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as pages:
-                    digest.update(pages)
-                at = end
+            if segment in self.done:
+                digest.update(os.pread(self.bytes.fileno(), SEGMENT, segment * SEGMENT))
+                segment += 1
             elif given_up:
                 break
             else:
@@ -1514,6 +1509,23 @@ UNTILED_PIXELS = 1_500_000  # of one picture, on the CPU
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # 70 and 17 of them do nearly all of the UNet's work
 
 
+@contextmanager
+def as_setup_failure(message: str) -> Iterator[None]:
+    """Turns what a library raises while the models load into SetupFailed, with this message or, out of memory, with
+    what to choose instead."""
+    try:
+        yield
+    except WorkerError:
+        raise
+    except Exception as error:  # libraries raise all kinds, diffusers some of its own
+        if is_out_of_memory(error):
+            message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
+        elif "meta tensor" in str(error) or type(error).__name__ == "SingleFileComponentError":
+            # which torch and diffusers raise where the file has no weight
+            message = "the checkpoint is no whole SDXL model: some of its weights are missing; set another CHECKPOINT"
+        raise SetupFailed(message, detail=f"{type(error).__name__}: {error}") from error
+
+
 @dataclass
 class Engine:
     """What draws: the pipeline and all that belongs to it. One a process; jobs share it."""
@@ -1528,6 +1540,7 @@ class Engine:
     scheduler_config: Mapping[str, Any]  # the checkpoint's own, which every job's scheduler is built from
 
     @classmethod
+    @as_setup_failure("the models could not be made ready")
     def load(cls, settings: Settings) -> Engine:
         """Fetches the models, builds the pipeline and merges the configured LoRA stack. Raises SetupFailed
         (DownloadError where a file could not be had)."""
@@ -1569,23 +1582,6 @@ class Engine:
             compile_unet(pipe)
         scheduler_config = {**pipe.scheduler.config, **scheduler_config}
         return cls(settings, files, pipe, stack, PromptEncoder(pipe), embeddings, Store(settings), scheduler_config)
-
-
-@contextmanager
-def as_setup_failure(message: str) -> Iterator[None]:
-    """Turns what a library raises while the models load into SetupFailed, with this message or, out of memory, with
-    what to choose instead."""
-    try:
-        yield
-    except (
-        *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError),
-        safetensors.SafetensorError,
-    ) as error:
-        if is_out_of_memory(error):
-            message = "the models do not fit into memory: choose a GPU with at least 16 GB, or fewer or smaller LORAS"
-        elif "meta tensor" in str(error):  # which diffusers and torch leave where the file has no weight
-            message = "the checkpoint is no whole SDXL model: some of its weights are missing; set another CHECKPOINT"
-        raise SetupFailed(message, detail=error) from error
 
 
 def load_pipeline() -> Any:
@@ -1928,7 +1924,6 @@ OTHER_MODELS = {  # the same, for a file whose layers are not SDXL's
     r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]": "a LoRA for Stable Diffusion 1 or 2",
 }
 JOB_LORAS_BYTES = 4 * GIB  # of host memory for the LoRAs of jobs that are not applied now
-MERGED_TOGETHER = 16  # tensors; more take more memory for their joined factors
 
 
 # kinds
@@ -2075,8 +2070,7 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
             raise BadModel("the file holds no LoRA weights")
         refuse(tensors, OTHER_MODELS)
         raise BadModel(f"none of its {len(unknown)} layers is in SDXL, such as {min(unknown)[:80]!r}")
-    total, shares = len(unknown) + len({name.rpartition(".")[0] for name in changes}), {}
-    places = ((name, *name.rpartition(".")[::2]) for name in changes)
+    shares, places = {}, ((name, *name.rpartition(".")[::2]) for name in changes)
     changed = {name: getattr(attrgetter(layer)(pipe), end, None) for name, layer, end in places}
     unknown |= {name for name, tensor in changed.items() if tensor is None and changes[name]["diff"].any()}  # no bias
     for name, tensor in changed.items():
@@ -2089,6 +2083,7 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
             raise BadModel(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
     warnings, embeddings = [], {}
     if unknown:
+        total = len(unknown) + len({name.rpartition(".")[0] for name in changes})
         such = f"such as {min(unknown)[:80]!r}"
         warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
     for name, parts in bundled.items():
@@ -2152,7 +2147,7 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     magnitude = parts.pop("dora_scale", None)  # (rows, 1, ...) or (1, columns, ...)
     if magnitude is not None:
         magnitude = magnitude.flatten(1) if len(magnitude) == 1 else magnitude.flatten()
-    if "magnitude_vector" in parts or (config and config.use_dora):
+    if "magnitude_vector" in parts or (config and config.use_dora and "down" in parts):
         magnitude = parts.pop("magnitude_vector").flatten()  # (rows,), or (1, rows, 1, 1) of a convolution
     kind, *others = {LORA_KINDS.get(part[:4], low_rank) for part in parts} or {low_rank}
     if others:
@@ -2160,8 +2155,6 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
         down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
         parts["down"] = down
-    if kind is low_rank:  # column by column in memory, as plain_changes joins it
-        parts["up"] = parts["up"].flatten(1).T.contiguous().T
     made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
     fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
     if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
@@ -2181,14 +2174,19 @@ def usable(tensor: Any) -> Any:
 
 def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Component -> PEFT's configuration, which diffusers from 0.34 on writes into a file's header. Raises BadModel."""
-    configs = {}
+    configs: dict[str, Any] = {}
     try:
         for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
             component, _, name = key.partition(".")
-            if name in peft.LoraConfig.__dataclass_fields__:  # newer versions of PEFT write more
+            if name in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora") and value is not None:
                 configs.setdefault(component, {})[name] = value
-        return {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        configs = {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
+        for config in configs.values():
+            re.compile("|".join(config.alpha_pattern))
+            if not math.isfinite(sum(map(float, (config.lora_alpha, *config.alpha_pattern.values())))):
+                raise ValueError("no finite alpha")
+        return configs
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise BadModel("its PEFT configuration cannot be read") from error
 
 
@@ -2223,50 +2221,23 @@ class Target:
         self.apart = True
 
 
-def merge(targets: list[Target], scales: Mapping[str, float], device: Any) -> None:
-    """Makes each tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
-    torch.compile and hooks hold on to the tensors."""
-    for target, change in zip(targets, plain_changes(targets, scales, device), strict=True):
-        tensor, original = getattr(target.module, target.name), target.original.to(device)
-        for name, share in target.shares.items():
-            if name in scales and not share.is_plain:
-                more = scales[name] * share.to(device).change(original.float())
-                change = more if change is None else change + more
-        if change is None:
-            tensor.copy_(original)
-        elif device == tensor.device:
-            torch.add(original, change, out=tensor)
-        else:  # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
-            tensor.copy_((original + change).to(tensor.dtype))
-
-
-def plain_changes(targets: list[Target], scales: Mapping[str, float], device: Any) -> list[Any]:
-    """For each target the sum of its plain shares in float32, or None without any.
-
-    The factors of all targets are joined, moved and scaled together, and each target takes one product, whatever the
-    number of its LoRAs: operator by operator nine LoRAs would be 29,370 small kernels. Those of jobs' LoRAs lie in host
-    memory, where the configured ones may be on the GPU: they are joined apart.
-    """
-    changes: list[Any] = [None] * len(targets)
-    plain = [[pair for pair in target.shares.items() if pair[0] in scales and pair[1].is_plain] for target in targets]
-    for place in {share.parts["up"].device for pairs in plain for _, share in pairs}:
-        rows = [[pair for pair in pairs if pair[1].parts["up"].device == place] for pairs in plain]
-        shares = [share for pairs in rows for _, share in pairs]
-        factors = [scales[name] * share.scaling for pairs in rows for name, share in pairs]
-        counts = torch.tensor([share.parts["up"].numel() for share in shares], device=device)
-        ups = torch.cat([share.parts["up"].T.flatten() for share in shares]).to(device).float()
-        downs = torch.cat([share.parts["down"].flatten() for share in shares]).to(device).float()
-        ups *= torch.tensor(factors, device=device).repeat_interleave(counts, output_size=len(ups))
-        ranks = [sum(len(share.parts["down"]) for _, share in pairs) for pairs in rows]
-        heights = [len(target.original) for target in targets]
-        widths = [target.original.numel() // height for target, height in zip(targets, heights, strict=True)]
-        ups = ups.split([rank * height for rank, height in zip(ranks, heights, strict=True)])
-        downs = downs.split([rank * width for rank, width in zip(ranks, widths, strict=True)])
-        for i, rank in enumerate(ranks):
-            if rank:
-                change = (ups[i].view(rank, -1).T @ downs[i].view(rank, -1)).view_as(targets[i].original)
-                changes[i] = change if changes[i] is None else changes[i] + change
-    return changes
+def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
+    """Makes a tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
+    torch.compile and hooks hold on to the tensor."""
+    tensor, original = getattr(target.module, target.name), target.original.to(device)
+    used = {name: share for name, share in target.shares.items() if name in scales}
+    plain = {name: share for name, share in used.items() if share.is_plain}
+    changes = []
+    if plain:  # their factors are joined to one product, whatever the number of LoRAs
+        ups = torch.cat([share.parts["up"].flatten(1).to(device) for share in plain.values()], dim=1).float()
+        downs = torch.cat([share.parts["down"].flatten(1).to(device) for share in plain.values()]).float()
+        factors = [scales[name] * share.scaling for name, share in plain.items() for _ in share.parts["down"]]
+        changes = [(ups * torch.tensor(factors, device=device) @ downs).view_as(original)]
+    for name, share in used.items():
+        if name not in plain:
+            changes.append(scales[name] * share.to(device).change(original.float()))
+    # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
+    tensor.copy_(sum(changes, original.float()).to(tensor.dtype))
 
 
 class LoraStack:
@@ -2339,11 +2310,9 @@ class LoraStack:
             self.settle()
             # NaN equals no scale: after a change that fails half-way the next one writes every tensor anew
             self.applied = dict.fromkeys(self.loras, math.nan)
-            targets = list(self.targets.values())
-            for start in range(0, len(targets), MERGED_TOGETHER):
-                group = targets[start : start + MERGED_TOGETHER]
-                if any(not changed.isdisjoint(target.shares) for target in group):
-                    merge(group, wanted, device)
+            for target in self.targets.values():
+                if not changed.isdisjoint(target.shares):
+                    merge(target, wanted, device)
         self.applied = wanted
         for name in wanted:
             self.loras[name] = self.loras.pop(name)
@@ -2379,7 +2348,7 @@ MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
-MANY_STATES = 2_000  # of a prompt, above which equal ones are joined before they are compared
+RUN_STATES = 2_000  # of a prompt with more than twice as many, those that are compared with each other
 BLOCK_STATES = 256  # how many are compared with all others at once
 NO_LIKENESS = -2.0  # less than any cosine
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
@@ -2727,6 +2696,7 @@ def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[lis
 # states
 
 Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
+Chunks = tuple[Any, Any, Any, list[tuple[int, int]]]  # what encode_chunks makes of n chunks
 
 
 def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
@@ -2744,14 +2714,14 @@ def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
     return put
 
 
-def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, Any, list[int]]:
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> Chunks:
     """All chunks in one batch through each text encoder, equal ones once.
 
-    Returns the weighted states (n, 77, 768 + 1280); the second encoder's pooled vectors (n, 1280), never weighted; and
-    each chunk's tokens, of the encoder that has more of them. Emphasis: a token's state is multiplied by its weight;
-    "original" then restores the chunk's mean over the 77 positions, as A1111 does.
+    Returns each encoder's weighted states, (n, 77, 768) and (n, 77, 1280); the second's pooled vectors (n, 1280), never
+    weighted; and how many tokens each chunk has for either encoder. Emphasis: a token's state is multiplied by its
+    weight; "original" then restores the chunk's mean over the 77 positions, as A1111 does.
     """
-    hidden, counts = [], [0] * len(chunks)
+    hidden, counts = [], []
     device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
     encoders = ((pipe.tokenizer, pipe.text_encoder, "clip_l"), (pipe.tokenizer_2, pipe.text_encoder_2, "clip_g"))
     for k, (tokenizer, encoder, part) in enumerate(encoders):
@@ -2767,7 +2737,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             windows.append((*window, *[tokenizer.pad_token_id] * (WINDOW - len(window))))
             factors = [piece.weight for piece in chunk for _ in piece.tokens[k]][: len(tokens)]
             weights[i, 1 : 1 + len(tokens), 0] = torch.tensor(factors)
-            counts[i] = max(counts[i], len(tokens))
+            counts.append(len(tokens))
         # 2. states (n, 77, D) and pooled vectors (n, D)
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
         unlike, found = list(place), []
@@ -2785,7 +2755,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             before, after = (t.float().mean((1, 2), keepdim=True) for t in (states, weighted))
             weighted = weighted * (before / after)
         hidden.append(weighted.to(dtype))
-    return torch.cat(hidden, dim=-1), pooled, counts
+    return *hidden, pooled, list(zip(counts[: len(chunks)], counts[len(chunks) :], strict=True))
 
 
 def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None = None) -> Any:
@@ -2815,28 +2785,43 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
 
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
-    as they are. Likeness is the cosine; a state without a direction (zeros, NaN, infinities) is like no other."""
-    first = np.arange(len(states))  # of those that are joined before all others, to which each state belongs
-    if len(states) > MANY_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
+    as they are. More than 2 · RUN_STATES, which 10,000 characters are in Chinese alone, are
+    halved in runs before: all at once they would take a minute."""
+    group = np.arange(len(states))  # of each state
+    if len(states) > RUN_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
         seen: dict[bytes, int] = {}
         equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.detach().cpu().numpy())])
-        joined = np.flatnonzero(equal != first)[most - len(first) :]  # no fewer than `most` are left
-        first[joined] = equal[joined]
-    left, group, sizes = np.unique(first, return_inverse=True, return_counts=True)
-    own = states.detach()[torch.from_numpy(left).to(states.device)]  # who is like whom has no gradient, a mean may
-    norms = own.norm(dim=1, keepdim=True)
-    directions = torch.where(norms.isfinite(), own / norms.clamp_min(1e-30), 0.0)
-    norms = norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15)
-    likeness = np.empty((len(left), len(left)), dtype=str(states.dtype).removeprefix("torch."))
-    for start in range(0, len(left), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
+        joined = np.flatnonzero(equal != group)[most - len(group) :]  # no fewer than `most` are left
+        group[joined] = equal[joined]
+        group = np.unique(group, return_inverse=True)[1]
+    while True:
+        index, sizes = torch.from_numpy(group).to(states.device), np.bincount(group)
+        count = len(sizes)
+        means = torch.zeros_like(states[:count]).index_add_(0, index, states) / torch.bincount(index).unsqueeze(1)
+        if count <= most:
+            return means
+        run, left = (count, most) if count <= 2 * RUN_STATES else (RUN_STATES, RUN_STATES // 2)
+        found: list[Any] = []
+        for start in range(0, count, run):
+            likeness, norms = compare(means[start : start + run].detach())  # who is like whom has no gradient
+            groups = group_alike(likeness, sizes[start : start + run].astype(likeness.dtype), norms, left)
+            found.append(groups + (found[-1].max() + 1 if found else 0))
+        group = np.concatenate(found)[group]
+
+
+def compare(states: Any) -> tuple[Any, Any]:
+    """(N, D) -> every cosine (N, N) and every length (N,), in host memory. A state without a direction (zeros, NaN,
+    infinities) is like no other."""
+    norms = states.norm(dim=1, keepdim=True)
+    directions = torch.where(norms.isfinite(), states / norms.clamp_min(1e-30), 0.0)
+    likeness = np.empty((len(states), len(states)), dtype=str(states.dtype).removeprefix("torch."))
+    for start in range(0, len(states), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
         block = slice(start, start + BLOCK_STATES)
         rows = directions[block] @ directions[start:].T
         rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
         likeness[block, start:] = rows = rows.cpu().numpy()
         likeness[start:, block] = rows.T
-    merged = group_alike(likeness, sizes.astype(likeness.dtype), norms.cpu().numpy(), most)
-    group = torch.from_numpy(merged[group]).to(states.device)
-    return torch.zeros_like(states[:most]).index_add_(0, group, states) / torch.bincount(group).unsqueeze(1)
+    return likeness, norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15).cpu().numpy()
 
 
 def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
@@ -2905,19 +2890,23 @@ class Encoded:
         return replace(self, embeds=self.embeds.to(device), pooled=self.pooled.to(device))
 
 
-def join_chunks(states: Any, pooled: Any, counts: list[int], long_prompt: str) -> Encoded:
+def join_chunks(clip_l: Any, clip_g: Any, pooled: Any, counts: list[tuple[int, int]], long_prompt: str) -> Encoded:
     """A prompt's chunks blended to (1, 77, 2048), or concatenated to (1, 77·n, 2048) with the first chunk's pooled
     embedding, as in A1111.
 
     A chunk's EOS state and its pooled embedding sum it up, and would contradict each other: one of a chunk without an
-    object says that there is none. Blended, each EOS state is the mean of all, and so is the pooled embedding.
+    object says that there is none. Blended, each EOS state is the mean of all, and so is the pooled embedding. The
+    tensors given are overwritten.
     """
-    if long_prompt == "concat" or len(counts) == 1:
-        return Encoded(torch.cat([*states]).unsqueeze(0), pooled[:1], len(counts))
-    states, ends = states.clone(), (range(len(counts)), [count + 1 for count in counts])
-    states[ends] = states[ends].float().mean(dim=0).to(states.dtype)
-    mean = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
-    return Encoded(build_77_token_tensor([*states.split(1)], counts), mean, len(counts))
+    blends = long_prompt != "concat" and len(counts) > 1
+    if blends:
+        pooled = pooled.float().mean(dim=0, keepdim=True).to(pooled.dtype)
+        for states, tokens in zip((clip_l, clip_g), zip(*counts, strict=True), strict=True):
+            ends = range(len(tokens)), [count + 1 for count in tokens]
+            states[ends] = states[ends].float().mean(dim=0).to(states.dtype)
+    states = torch.cat([clip_l, clip_g], dim=-1)  # (n, 77, 2048)
+    embeds = build_77_token_tensor([*states.split(1)], [*map(max, counts)]) if blends else states.flatten(0, 1)[None]
+    return Encoded(embeds, pooled[:1], len(counts))
 
 
 def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOKENS) -> tuple[Any, Any]:

@@ -192,9 +192,8 @@ def add(filled: list[list[Field]], field: Field) -> None:
 
 def encode_chunk(
     pipe: Any, chunk: list[Field], clip_skip: int, emphasis: str
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Hidden states of both encoders (77, 2048), weighted token by token; pooled (1, 1280); tokens, of the encoder that
-    has more."""
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Hidden states of both encoders (77, 2048), weighted token by token; pooled (1, 1280); either encoder's tokens."""
     states, counts, pooled = [], [], None
     for k, tokenizer in enumerate((pipe.tokenizer, pipe.tokenizer_2)):
         tokens = [token for field in chunk for token in field.tokens[k]][:TOKENS]
@@ -212,7 +211,7 @@ def encode_chunk(
         states.append(weighted)
         counts.append(len(tokens))
         pooled = output.text_embeds if k else None
-    return torch.cat(states, dim=-1), pooled, max(counts)
+    return torch.cat(states, dim=-1), pooled, counts
 
 
 def merge(states: torch.Tensor, most: int) -> tuple[torch.Tensor, list[int]]:
@@ -250,7 +249,11 @@ def side(pipe: Any, prompt: str, mode: str, *options: Any) -> tuple[torch.Tensor
         return torch.cat(hidden)[None], pooled[0], len(hidden)
     # by the worker's own function, which test_blend proves: of this model's states, which are hardly unlike, rounding
     # decides which are the most alike
-    blended = handler.build_77_token_tensor([chunk[None] for chunk in shared_eos(hidden, counts)], list(counts))
+    width = pipe.text_encoder.config.hidden_size
+    sides = [[chunk[:, :width] for chunk in hidden], [chunk[:, width:] for chunk in hidden]]
+    shared = [shared_eos(side, tokens) for side, tokens in zip(sides, zip(*counts, strict=True), strict=True)]
+    joined = [torch.cat(both, dim=-1)[None] for both in zip(*shared, strict=True)]
+    blended = handler.build_77_token_tensor(joined, [*map(max, counts)])
     return blended, sum(pooled) / len(pooled), len(hidden)
 
 

@@ -196,7 +196,7 @@ def merge_into(layer: Any, shares: Mapping[str, tuple[Any, Any, float]], scales:
         target.shares[name] = handler.Share(handler.low_rank, {"up": up, "down": down}, scaling, None)
     with torch.no_grad():
         target.settle(on_gpu=False)
-        handler.merge([target], scales, torch.device("cpu"))
+        handler.merge(target, scales, torch.device("cpu"))
 
 
 # --- prompts
@@ -376,13 +376,15 @@ def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     tokenize = handler.Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
     with torch.inference_mode():
         chunks = [handler.chunk_prompt(tokenize, text, "truncate")[0] for text in texts]
-        states, pooled, counts = handler.encode_chunks(pipe, chunks, clip_skip=2, emphasis="no norm")
-    return states, counts, pooled
+        *states, pooled, counts = handler.encode_chunks(pipe, chunks, clip_skip=2, emphasis="no norm")
+    return torch.cat(states, dim=-1), [*map(max, counts)], pooled
 
 
-def blended_chunks(states: Any, counts: list[int], pooled: Any) -> tuple[Any, Any]:
+def blended_chunks(pipe: Any, states: Any, counts: list[int], pooled: Any) -> tuple[Any, Any]:
     """What encoded_chunks gives, blended as a job's is: (1, 77, D), (1, P)."""
-    encoded = handler.join_chunks(states, pooled, counts, "blend")
+    width = pipe.text_encoder.config.hidden_size
+    clip_l, clip_g = states[..., :width].clone(), states[..., width:].clone()
+    encoded = handler.join_chunks(clip_l, clip_g, pooled, [(count, count) for count in counts], "blend")
     return encoded.embeds, encoded.pooled
 
 

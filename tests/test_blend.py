@@ -211,6 +211,16 @@ def test_thousands_of_equal_states_end_at_once():
     assert time.process_time() - started < 20
 
 
+def test_more_states_than_are_compared_at_once():
+    """Of 4,560 states, 40 words each said a little differently, every word is left as a state of its own."""
+    dice = torch.Generator().manual_seed(3)
+    words = torch.randn(40, 32, generator=dice)
+    drawn = words[torch.randint(40, (60, 1, 77), generator=dice)]
+    blended = blend(list(drawn + 0.01 * torch.randn(60, 1, 77, 32, generator=dice)))[0, 1:]
+    alike = torch.nn.functional.normalize(words) @ torch.nn.functional.normalize(blended).T
+    assert (alike.amax(dim=1) > 0.999).all()
+
+
 @pytest.mark.parametrize("count", [3, 1_100])
 def test_states_of_an_encoder_with_gradients(count):
     """Blended as others are, few or thousands, and the gradient reaches every chunk."""

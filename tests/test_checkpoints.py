@@ -148,6 +148,7 @@ def with_number(name: str, number: float) -> Callable[[Tensors], Tensors]:
         (without("conditioner.embedders.0."), "without first text encoder"),
         (without("conditioner.embedders.1."), "without second text encoder"),
         (without("conditioner.embedders.1.model.text_projection"), "missing"),
+        (without("conditioner.embedders.1.model.positional_embedding"), "missing"),
         (without(f"{UNET}middle_block.0.in_layers.2.weight"), "missing"),
         (with_number(f"{UNET}out.2.weight", float("nan")), "NaN"),
         (with_number("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", float("inf")), "NaN"),

@@ -891,7 +891,12 @@ def kohya_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...
 
 ONE = {"unet.mid_block.attentions.0.proj_in": {"lora_A.weight": torch.ones(2, 64), "lora_B.weight": torch.ones(64, 2)}}
 BROKEN = {"lora_adapter_metadata": "{"}
-NO_RANK = {"lora_adapter_metadata": '{"unet.r": 0.5, "unet.layers_pattern": "x"}'}
+CONFIGURATIONS = {  # of PEFT, which cannot be used
+    "list of alphas": '{"unet.alpha_pattern": [1]}',
+    "alpha pattern": '{"unet.alpha_pattern": {"(": 4}}',
+    "alpha in words": '{"unet.lora_alpha": "eight"}',
+    "infinite alpha": '{"unet.lora_alpha": Infinity}',
+}
 DORA = {"lora_adapter_metadata": '{"unet.r": 2, "unet.use_dora": true}'}
 
 
@@ -912,7 +917,10 @@ MORE = dict(
         ("missing", lambda path: path),
         ("integers", lambda path: save_file({f"{PROJ_IN}.diff": torch.ones(64, 64, dtype=torch.int8)}, path)),
         ("peft configuration", lambda path: write_layers(path, {PROJ_IN: {"diff": torch.ones(64, 64)}}, **BROKEN)),
-        ("peft configuration of another kind", lambda path: write_layers(path, {PROJ_IN: {}} | ONE, **NO_RANK)),
+        *(
+            (f"peft configuration, {what}", lambda path, text=text: write_layers(path, ONE, lora_adapter_metadata=text))
+            for what, text in CONFIGURATIONS.items()
+        ),
         ("dora without magnitude", lambda path: write_layers(path, ONE, **DORA)),
         spoiled("nan alpha", lambda t: t | {f"{first_layer(t)}.alpha": np.float16("nan")}),
         spoiled("two alphas", lambda t: t | {f"{first_layer(t)}.alpha": np.ones(2, np.float16)}),
@@ -970,7 +978,7 @@ REASONS = {
     "missing": "damaged or not",
     "integers": "type int8",
     "peft configuration": "PEFT configuration cannot be read",
-    "peft configuration of another kind": "PEFT configuration cannot be read",
+    **{f"peft configuration, {what}": "PEFT configuration cannot be read" for what in CONFIGURATIONS},
     "dora without magnitude": "lacks the part 'magnitude_vector'",
     "alphas only": "lacks the part 'up'",
     "up alone": "lacks the part 'down'",

@@ -498,6 +498,21 @@ def test_a_jobs_chunks_are_blended_together(pipe, encoder):
     assert_close([found.prompt.embeds, found.prompt.pooled], [expected, pooled])
 
 
+def test_each_encoders_own_eos(pipe, encoder):
+    """Where a chunk is longer for one encoder ("!!!" is one token for the first, three for the second), the mean stands
+    at either's own EOS."""
+    texts = ["a red cat!!! in a wood", "a blue house on a hill by the sea"]
+    found = encode(encoder, " BREAK ".join(texts)).prompt.embeds[0]
+    states, at = [encode(encoder, text).prompt.embeds[0] for text in texts], 0
+    width = pipe.text_encoder.config.hidden_size
+    for tokenizer, columns in ((pipe.tokenizer, slice(None, width)), (pipe.tokenizer_2, slice(width, None))):
+        counts = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        mean = sum(state[count + 1, columns] for state, count in zip(states, counts, strict=True)) / 2
+        assert_close([found[counts[0] + 1, columns]], [mean])
+        at = max(at, counts[0])
+    assert_close([found[at + 2]], [states[1][1]])  # the second chunk's first token
+
+
 @pytest.mark.parametrize("max_tokens", [75, 40])
 def test_long_prompt_to_embedding(pipe, max_tokens):
     """The blend of its text chunks, each as encode_prompt has it; syntax is text; EOS and pooled are means."""

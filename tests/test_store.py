@@ -317,6 +317,14 @@ def test_no_room_for_all(server, tmp_path, monkeypatch):
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
+def test_a_file_of_two_adapters_needs_its_room_once(server, monkeypatch):
+    """The same version id twice in LORAS is one file, fetched where one fits."""
+    monkeypatch.setenv("LORAS", "135867@1,135867@0.5")
+    real = os.statvfs
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 640, 640, 640, *real("/")[5:])))
+    assert len(set(handler.setup_models()[1].values())) == 1
+
+
 def test_store_that_cannot_be_made(server, monkeypatch):
     """A start whose store cannot be written says which setting names it."""
     monkeypatch.setenv("MODEL_CACHE_DIR", "/proc/store")
