@@ -1812,26 +1812,16 @@ def through_vae(
 
 def decode_pixels(pipe: Any, latents: Any) -> Any:
     """Latents (n, 4, h/8, w/8) -> float32 pixels (n, 3, h, w) in 0..1, NaN kept."""
-    mean, scale = latent_scale(pipe.vae, latents)
-    pixels = pipe.vae.decode((latents / scale + mean).to(pipe.vae.dtype), return_dict=False)[0]
+    coded = latents / pipe.vae.config.scaling_factor
+    pixels = pipe.vae.decode(coded.to(pipe.vae.dtype), return_dict=False)[0]
     pixels = pixels.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)  # the clamp to 0..1 would hide overflow
     return pipe.image_processor.denormalize(pixels).float()
 
 
 def encode_pixels(pipe: Any, pixels: Any) -> Any:
     """Float32 pixels (n, 3, h, w) in 0..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
-    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode().float()
-    mean, scale = latent_scale(pipe.vae, coded)
-    return (coded - mean) * scale
-
-
-def latent_scale(vae: Any, like: Any) -> tuple[Any, Any]:
-    """mean and scale: latents are (what the VAE codes - mean) · scale; numbers, or (1, 4, 1, 1) on like's device."""
-    config = vae.config
-    if not (config.get("latents_mean") and config.get("latents_std")):
-        return 0.0, config.scaling_factor
-    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(like) for key in ("latents_mean", "latents_std"))
-    return mean, config.scaling_factor / std
+    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode()
+    return coded.float() * pipe.vae.config.scaling_factor
 
 
 def choose_tiling(pipe: Any, area: int) -> None:
@@ -2431,9 +2421,9 @@ def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Em
 
 
 def embedding_use(names: str) -> re.Pattern[str]:
-    """Where a prompt uses embeddings whose names this pattern tells: as whole words, in any case, or as
-    "embedding:name"."""
-    return re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?![\w-])", re.IGNORECASE)
+    """Where a prompt uses embeddings whose names this pattern tells: as whole words, in any case, or as ComfyUI's
+    "embedding:name" and "embedding:name.safetensors"."""
+    return re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?:\.(?:safetensors|pt)\b)?(?![\w-])", re.IGNORECASE)
 
 
 def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
@@ -3283,16 +3273,8 @@ class NoiseLevels:
 
 # NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps); others by log-linear interpolation
 ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
-SCHEDULES = (
-    "Uniform",
-    "Karras",
-    "Exponential",
-    "SGM Uniform",
-    "Simple",
-    "Align Your Steps",
-    "KL Optimal",
-    "Polyexponential",
-)
+SCHEDULES = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Simple", "Align Your Steps", "KL Optimal")
+SCHEDULES += ("Polyexponential",)
 
 
 # names
@@ -3316,6 +3298,7 @@ class Sampler:
 
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 LINSPACE = {"timestep_spacing": "linspace"}
+DDIM = ("DDIMScheduler", LEADING | {"clip_sample": False})
 PNDM = Sampler(diffusers=("PNDMScheduler", LEADING | {"skip_prk_steps": True}), instead="LMS")
 K_EULER = Sampler(sample_euler, uniform="leading", starts_at_sigma=False, instead="Euler")
 SAMPLERS = {
@@ -3333,13 +3316,7 @@ SAMPLERS = {
     "DPM++ 3M SDE": Sampler(sample_dpmpp_3m_sde, "Exponential", brownian=True, drops_next_to_last=True),
     "LCM": Sampler(sample_lcm, every=20),
     # alone diffusers' own, as the official worker's; "DDIM Uniform" is A1111's
-    "DDIM": Sampler(
-        sample_ddim,
-        uniform="DDIM",
-        starts_at_sigma=False,
-        diffusers=("DDIMScheduler", LEADING | {"clip_sample": False}),
-        instead="DDIM Uniform",
-    ),
+    "DDIM": Sampler(sample_ddim, uniform="DDIM", starts_at_sigma=False, diffusers=DDIM, instead="DDIM Uniform"),
     "UniPC": Sampler(diffusers=("UniPCMultistepScheduler", LINSPACE), instead="DPM++ 2M"),
     "DEIS": Sampler(diffusers=("DEISMultistepScheduler", LINSPACE), instead="DPM++ 2M"),
     "PLMS": PNDM,
@@ -3640,7 +3617,7 @@ def plan_passes(request: JobRequest) -> list[Pass]:
     if hires:
         steps = hires.steps or steps
         width, height = (int(side * hires.scale) // 8 * 8 for side in (width, height))
-        passes.append(Pass(width, height, int(steps / min(hires.strength, 0.999)), steps))
+        passes.append(Pass(width, height, int(min(steps / min(hires.strength, 0.999), MAX_SEED)), steps))
     return passes
 
 
@@ -3783,7 +3760,7 @@ def fetch_picture(url: str, name: str) -> bytes:
                 sock.shutdown(socket.SHUT_RDWR)
         raise DownloadFailed(f"{name}: its address took longer than {PICTURE_S} s") from None
     except (OSError, ValueError, HTTPException, urllib3.exceptions.HTTPError) as error:
-        raise DownloadFailed(f"{name}: its address cannot be had ({type(error).__name__})") from None
+        raise DownloadFailed(f"{name}: its address could not be fetched ({type(error).__name__})") from None
 
 
 def follow_address(url: str, name: str, until: float, opened: list[Any]) -> bytes:
@@ -3795,7 +3772,7 @@ def follow_address(url: str, name: str, until: float, opened: list[Any]) -> byte
         except urllib3.exceptions.LocationParseError:
             parts = urllib3.util.Url()
         if parts.scheme != "https" or not parts.host or parts.auth:
-            raise InvalidInput(f"{name} must be an https address without user name, and redirect to such alone")
+            raise InvalidInput(f"{name} must be an https address without a user name, and redirect to no other")
         host, port = parts.host.strip("[]"), parts.port or 443
         address = public_address(host, port, name)
         trust = {"server_hostname": host, "ca_certs": requests.certs.where(), "cert_reqs": "CERT_REQUIRED"}
@@ -3829,7 +3806,7 @@ def public_address(host: str, port: int, name: str) -> str:
     except OSError:
         raise DownloadFailed(f"{name}: its host cannot be found") from None
     if not found or not all(map(is_public, found)):
-        raise InvalidInput(f"{name} must be at a public address of the internet, which its host's is not")
+        raise InvalidInput(f"{name} must be at a public address of the internet; this host is not")
     return min(found, key=lambda address: ":" in address)
 
 
@@ -3845,6 +3822,7 @@ def is_public(address: str) -> bool:
 RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 RECIPE_VERSION = "sdxl-worker"
 RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
+COMFYUI_KEYS = {"CFG Scale": "CFG scale", "Scheduler": "Schedule type"}  # as its savers write A1111's keys
 TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
 RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
@@ -3983,6 +3961,17 @@ def read_picture_keys(keys: dict[str, str], warnings: list[str]) -> dict[str, tu
     return found | {"hires": ("Hires", values)}
 
 
+def hires_scale(resize: str, size: str) -> str:
+    """A1111's "Hires resize" as "Hires upscale": "1664x2432" or "1664x0" of "832x1216" -> "2.0"; "" for anything else,
+    such as another shape, which it would crop."""
+    with suppress(ValueError, ZeroDivisionError):
+        sides = [(int(to), int(side)) for to, side in zip(resize.split("x"), size.split("x"), strict=True)]
+        scales = [to / side for to, side in sides if to]
+        if scales and max(scales) - min(scales) < 0.01:
+            return str(scales[0])
+    return ""
+
+
 def quote(value: str) -> str:
     """A1111's rule for values: 'a' -> 'a', 'a: 1, b: 2' -> '"a: 1, b: 2"'."""
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
@@ -4015,6 +4004,7 @@ def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
         start = key.end() if key else at
         end = line.find(",", start) % (len(line) + 1)  # the line's where there is no comma
         name, value = (key[1], line[start:end].strip()) if key else (line[start:end].strip(), "")
+        name = COMFYUI_KEYS.get(name, name)
         if key and line[start : start + 1] in ('"', "[", "{"):
             with suppress(ValueError, RecursionError):
                 parsed, stop = json.JSONDecoder().raw_decode(line, start)
@@ -4069,6 +4059,9 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
     numbers = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "ENSD": "eta_noise_seed_delta"}
     fields |= {field: (key, as_number(keys.pop(key))) for key, field in numbers.items() if key in keys}
     if "Size" in keys:
+        if scale := hires_scale(keys.get("Hires resize", ""), keys["Size"]):
+            keys["Hires upscale"] = scale
+            del keys["Hires resize"]
         width, _, height = keys.pop("Size").partition("x")
         fields |= {"width": ("Size's width", as_number(width)), "height": ("Size's height", as_number(height))}
     # 3. sampler and schedule
@@ -4113,15 +4106,16 @@ def recipe_models(
         listed.get("Civitai resources", []), f"{prompt} {negative_prompt}", settings
     )
     # 2. by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
-    hashes, vectors = (
+    hashes, embedding_hashes = (
         dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop(key, "").split(",") if ":" in pair)
         for key in ("Lora hashes", "TI hashes")
     )
     noted = listed.get("Hashes")
     for key, digits in noted.items() if isinstance(noted, dict) else ():
         kind, _, name = key.partition(":")
-        if kind in ("lora", "lyco", "embed"):
-            (vectors if kind == "embed" else hashes).setdefault(name, digits if isinstance(digits, str) else "")
+        of_kind = {"lora": hashes, "lyco": hashes, "embed": embedding_hashes}.get(kind.lower())
+        if of_kind is not None:
+            of_kind.setdefault(name, digits if isinstance(digits, str) else "")
         elif kind == "model" and isinstance(digits, str):
             keys.setdefault("Model hash", digits)
         elif kind != "vae":
@@ -4140,7 +4134,7 @@ def recipe_models(
             missing.append(f"LoRA {shown(name)}, which the prompt does not use")  # by an id it may be in use
     if not embeddings:
         here = [config["name"].lower() for config in settings.embeddings]
-        missing += [f"embedding {shown(name)}" for name in vectors if name.lower() not in here]
+        missing += [f"embedding {shown(name)}" for name in embedding_hashes if name.lower() not in here]
     prompt = LORA_TAG.sub(
         lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
     )
@@ -4157,6 +4151,8 @@ def recipe_resources(
     words: set[str] = set()
     for item in resources if isinstance(resources, list) else [resources]:
         model = item if isinstance(item, dict) else {"modelName": item}
+        if air := AIR.fullmatch(str(model.get("air"))):  # as ComfyUI's savers write it
+            model = {"type": air[2], "modelVersionId": air[3]} | model
         version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
         version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
         kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
@@ -4193,7 +4189,9 @@ def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Se
         names = [sanitize_name(text) for text in (checkpoint["name"], Path(checkpoint["filename"]).stem)]
         same = not (name or digits) or sanitize_name(name) in names
     if not same:
-        missing.append(f"checkpoint {shown(name or digits)} (here it is {checkpoint['name']})")
+        missing.append(
+            f"checkpoint {shown(name or digits or next(iter(checkpoints)))} (here it is {checkpoint['name']})"
+        )
     own_vae = Path(settings.vae_model).name
     if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
         missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
@@ -4659,7 +4657,7 @@ def given_fields(
         recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
         pictured = any(given.get(name) is not None for name in names["image"])
         for name in [name for name in (("hires",) if pictured else ("strength", "mask_blur")) if name in recipe]:
-            why = "does not go with image" if pictured else "goes with image alone"
+            why = "does not go with image" if pictured else "only goes with image"
             warnings.append(f"the recipe's {recipe.pop(name)[0]} is left out: it {why}")
     found = {name: (f"parameters: {key}", value) for name, (key, value) in recipe.items()}
     for name, keys in names.items():
@@ -4693,7 +4691,7 @@ def check_passes(values: Mapping[str, Any], called: Mapping[str, str]) -> None:
     pictured, hires, sampling = values["image"] is not None, values["hires"], values["scheduler"]
     for name in ("strength", "mask"):
         if values[name] is not None and not pictured:
-            raise InvalidInput(f"{called[name]} goes with image alone: give an image, or leave it out")
+            raise InvalidInput(f"{called[name]} can only be given together with image: give an image, or leave it out")
     if hires and pictured:
         raise InvalidInput("hires does not go with image: give one of them")
     if (hires or pictured) and sampling.instead:
@@ -4736,10 +4734,8 @@ def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
 
 def stack_names(settings: Settings) -> dict[str, str]:
     """Sanitized names by which a job may call the stack's LoRAs -> adapter: its own, and its file's."""
-    stack = settings.stack
-    return {sanitize_name(Path(config["filename"]).stem): name for name, config in stack.items()} | {
-        n: n for n in stack
-    }
+    by_file = {sanitize_name(Path(config["filename"]).stem): name for name, config in settings.stack.items()}
+    return by_file | {name: name for name in settings.stack}
 
 
 def choose_loras(
@@ -4759,13 +4755,13 @@ def choose_loras(
         chosen[adapter] = stack.get(adapter, {"scale": 1.0})["scale"] if item.scale is None else item.scale
     known |= {adapter: adapter for adapter in chosen}
     # of a recipe's tags and version ids nothing but the scale tells which belong together
-    by_id, unknown = [scale for adapter, scale in chosen.items() if of_recipe and adapter not in stack], []
+    listed_scales, unknown = [*chosen.values()] if of_recipe else [], []
     for name, scale in split_lora_tags(prompt)[1]:
+        if is_listed := scale in listed_scales:
+            listed_scales.remove(scale)
         if adapter := known.get(sanitize_name(name)):
             chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
-        elif scale in by_id:
-            by_id.remove(scale)
-        else:
+        elif not is_listed:
             unknown.append(f"<lora:{name[:40]}>")
     if unknown:
         such = f"{unknown[0]} was" if len(unknown) == 1 else f"{len(unknown)} tags, {unknown[0]} first, were"
@@ -5255,7 +5251,8 @@ class JobLoop:
         """A job's task has ended; the next job may be asked for, whatever ended it."""
         job = self.held.pop(task)
         self.changed.set()
-        self.in_progress.remove(job.id)
+        if all(other.id != job.id for other in self.held.values()):  # RunPod may send a job again
+            self.in_progress.remove(job.id)
         if job.update:
             job.update.cancel()
         if not task.cancelled() and (error := task.exception()):

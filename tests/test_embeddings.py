@@ -166,11 +166,24 @@ def test_half_precision(pipe, embeddings):
     [
         *(
             (text, ["BadHands"])
-            for text in ("badhands", "a BADHANDS.", "(BadHands:1.2), bad", "[BadHands]", "x,BadHands,y")
+            for text in (
+                "badhands",
+                "embedding:badhands",
+                "a BADHANDS.",
+                "(BadHands:1.2), bad",
+                "[BadHands]",
+                "x,BadHands,y",
+            )
         ),
         *(
             (text, ["BadHands"])
-            for text in ("embedding:badhands", "(Embedding:BadHands:0.8)", "BadHands's", "\\(BadHands\\)")
+            for text in (
+                "embedding:badhands.pt",
+                "(embedding:badhands.safetensors:1.2)",
+                "(Embedding:BadHands:0.8)",
+                "BadHands's",
+                "\\(BadHands\\)",
+            )
         ),
         *((text, []) for text in ("badhand", "badhandss", "mybadhands", "bad hands", "badhands_v2", "badhands-v3")),
         *((text, []) for text in ("x-badhands", "\\BadHands", "<lora:BadHands:0>", "漢字badhands", "")),

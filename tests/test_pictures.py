@@ -268,6 +268,7 @@ def test_broken_files_of_all_kinds_are_refused_or_read():
         ({"hires": {"scale": 2, "upscaler": "Lanczos"}}, ["hires.upscaler", '"lanczos"']),
         ({"hires": {"scale": 4}, "width": 1032}, ["hires.scale", "4,096", "4128x4096"]),
         ({"hires": {"scale": 2, "strength": 0.01}}, ["hires.strength", "999"]),
+        ({"hires": {"scale": 2, "strength": 1e-310}}, ["hires.strength", "999"]),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, names):
@@ -522,6 +523,16 @@ def test_hires_keys_of_recipes_are_honoured(upscaler):
     assert hires == {"scale": 1.5, "strength": 0.45, "steps": 0, "upscaler": upscaler}
     assert not request.warnings
     assert seams.parse({"parameters": recipe_of(**keys, **{"Hires steps": 9})}).hires.steps == 9
+
+
+@pytest.mark.parametrize("resize", ["1024x1536", "1024x0", "0x1536", "1024x1400"])
+def test_hires_resize(resize):
+    """A1111's other way to say the second pass's size; where it would crop it is named as left out."""
+    request = seams.parse({"parameters": recipe_of(**{"Denoising strength": 0.45, "Hires resize": resize})})
+    if resize.endswith("1400"):
+        assert request.hires is None and any("Hires resize" in warning for warning in request.warnings)
+    else:
+        assert (request.hires.scale, request.hires.strength, request.warnings) == (2, 0.45, ())
 
 
 def test_an_upscaler_that_is_not_here_is_lanczos_with_a_warning():

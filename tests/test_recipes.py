@@ -160,6 +160,19 @@ RECIPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"scheduler": "DPM++ 2M SDE Karras", "guidance_scale": 8.0, "negative_prompt": "b"},
         ["does not have: LoRA 'gone', which the prompt does not use, embedding 'bad', checkpoint '31e35c80fc'"],
     ),
+    "ComfyUI's image saver": (
+        "a cat\nNegative prompt: b\nSteps: 20, Sampler: DPM++ 2M, Scheduler: sgm_uniform, CFG Scale: 8.0, Seed: 3, "
+        'Size: 512x512, Hashes: {"LORA:gone":"ffffffffff"}, Civitai resources: [{"modelName":"Detail","weight":0.7,'
+        '"air":"urn:air:sdxl:lora:civitai:122359@135867"},{"air":"urn:air:sdxl:checkpoint:civitai:1@77"}]',
+        {"scheduler": "DPM++ 2M SGM Uniform", "guidance_scale": 8.0, "loras": {"detail_tweaker_xl": 0.7}},
+        ["does not have: LoRA 'gone', which the prompt does not use, checkpoint '77' (here it is"],
+    ),
+    "a LoRA of the stack by id, and by a tag with another name": (
+        "a cat <lora:add-detail:0.7> <lora:gone:0.7>\nSteps: 4, Sampler: Heun, CFG scale: 3, Seed: 3, Size: 512x768, "
+        'Civitai resources: [{"type":"lora","modelVersionId":135867,"weight":0.7}]',
+        {"loras": {"detail_tweaker_xl": 0.7}},
+        ["<lora:gone> was left out"],
+    ),
     "LoRAs and embeddings by hash": (
         f"a cat {ADD_DETAIL} <lora:real_skin_slider:0.5> <lora:gone:1>\nSteps: 4, Sampler: Heun, CFG scale: 3, "
         'Seed: 3, Size: 512x768, Lora hashes: "add-detail-xl: DETAIL, gone: ffffffffffff, real_skin_slider: 0", '
