@@ -4035,11 +4035,12 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
         warnings.append(f"the recipe names no {', '.join(absent)}: the job's other fields or their defaults stand")
     # 1. prompts; where the lines above do not give them back to the letter, they stand among the keys
     negative_prompt = keys.pop("Exact negative prompt", negative_prompt)
-    prompt, loras, embeddings, missing = recipe_models(
-        keys, keys.pop("Exact prompt", prompt), negative_prompt, settings
-    )
-    if missing:
-        warnings.append(f"the recipe names models that this worker does not have: {', '.join(missing)}")
+    prompt, models = keys.pop("Exact prompt", prompt), RecipeModels(keys, settings)
+    models.read_resources(f"{prompt} {negative_prompt}")
+    prompt = models.read_hashes(prompt)
+    models.read_checkpoint()
+    if models.missing:
+        warnings.append(f"the recipe names models that this worker does not have: {', '.join(models.missing)}")
     # 2. numbers and words
     clip_skip = as_number(keys.pop("Clip skip", "2"))
     rng, emphasis = keys.pop("RNG", "GPU"), keys.pop("Emphasis", "original").lower()
@@ -4049,8 +4050,8 @@ def read_recipe(text: str, settings: Settings) -> tuple[dict[str, tuple[str, Any
     fields: dict[str, tuple[str, Any]] = {
         "prompt": ("prompt", prompt),
         "negative_prompt": ("negative prompt", negative_prompt),
-        "loras": ("Civitai resources", loras),
-        "embeddings": ("Civitai resources", embeddings),
+        "loras": ("Civitai resources", [*models.loras.values()]),
+        "embeddings": ("Civitai resources", [*models.embeddings.values()]),
         "clip_skip": ("Clip skip", clip_skip if own else 2),  # A1111's does nothing on SDXL
         "rng": ("RNG", RECIPE_RNG.get(rng, rng)),
         "emphasis": ("Emphasis", emphasis),
@@ -4091,111 +4092,107 @@ def as_number(value: str) -> int | float | str:
     return value
 
 
-def recipe_models(
-    keys: dict[str, str], prompt: str, negative_prompt: str, settings: Settings
-) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """What a recipe says of models, and takes its keys: the prompt; LoRAs and embeddings by version id, as the fields
-    take them; what is not here. In the prompt, <lora:…> tags whose file a hash tells get the stack's names."""
-    stack, listed = settings.stack, {}
-    for key in ("Civitai resources", "Hashes"):  # what cannot be read is left among the keys
+@dataclass
+class RecipeModels:
+    """What a recipe says of models, by their version ids, hashes and names. Each method reads some of the keys and
+    takes them; what cannot be read is left among them."""
+
+    keys: dict[str, str]
+    settings: Settings
+    loras: dict[str, dict[str, Any]] = field(default_factory=dict)  # adapter -> entry of the job's field
+    embeddings: dict[str, dict[str, Any]] = field(default_factory=dict)  # version id -> entry of the job's field
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # version id -> name
+    missing: list[str] = field(default_factory=list)  # what is not here, in words
+
+    def take_json(self, key: str) -> Any:
+        """What a key holds; None where that is no JSON."""
         with suppress(KeyError, ValueError, RecursionError):
-            listed[key] = json.loads(keys[key])
-            del keys[key]
-    # 1. by version id
-    loras, embeddings, checkpoints, missing = recipe_resources(
-        listed.get("Civitai resources", []), f"{prompt} {negative_prompt}", settings
-    )
-    # 2. by hash; "Hashes" is {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
-    hashes, embedding_hashes = (
-        dict(map(str.strip, pair.split(":", 1)) for pair in keys.pop(key, "").split(",") if ":" in pair)
-        for key in ("Lora hashes", "TI hashes")
-    )
-    noted = listed.get("Hashes")
-    for key, digits in noted.items() if isinstance(noted, dict) else ():
-        kind, _, name = key.partition(":")
-        of_kind = {"lora": hashes, "lyco": hashes, "embed": embedding_hashes}.get(kind.lower())
-        if of_kind is not None:
-            of_kind.setdefault(name, digits if isinstance(digits, str) else "")
-        elif kind == "model" and isinstance(digits, str):
-            keys.setdefault("Model hash", digits)
-        elif kind != "vae":
-            missing.append(shown(key))
-    known, by_hash = stack_names(settings), {}
-    unknown = [name for name in hashes if sanitize_name(name) not in known]
-    for adapter, config in stack.items() if unknown else ():
-        file = settings.lora_dir / config["filename"]
-        if file.is_file():
-            by_hash |= dict.fromkeys((addnet_hash(file)[:10], recorded_hash(file)), adapter)
-    by_hash.pop("", None)
-    renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
-    tags, by_id = dict(split_lora_tags(prompt)[1]), any("civitai" in lora for lora in loras.values())
-    for name in hashes:
-        if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in loras and not by_id:
-            missing.append(f"LoRA {shown(name)}, which the prompt does not use")  # by an id it may be in use
-    if not embeddings:
-        here = [config["name"].lower() for config in settings.embeddings]
-        missing += [f"embedding {shown(name)}" for name in embedding_hashes if name.lower() not in here]
-    prompt = LORA_TAG.sub(
-        lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
-    )
-    missing += other_models(keys, checkpoints, settings)
-    return prompt, list(loras.values()), list(embeddings.values()), missing
+            found = json.loads(self.keys[key])
+            del self.keys[key]
+            return found
+        return None
 
+    def read_resources(self, prompts: str) -> None:
+        """Civitai's own list. prompts: of an embedding's names the one that they use counts."""
+        settings, resources = self.settings, self.take_json("Civitai resources") or []
+        words: set[str] = set()
+        for item in resources if isinstance(resources, list) else [resources]:
+            model = item if isinstance(item, dict) else {"modelName": item}
+            if air := AIR.fullmatch(str(model.get("air"))):  # as ComfyUI's savers write it
+                model = {"type": air[2], "modelVersionId": air[3]} | model
+            version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
+            version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
+            kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
+            by_id = version and settings.allows(version)
+            if adapter in settings.stack or (by_id and kind in LORA_TYPES):
+                called = {"name": adapter} if adapter in settings.stack else {"civitai": int(version)}
+                self.loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
+            elif kind in ("checkpoint", "model"):
+                self.checkpoints[version] = name
+            elif by_id and kind in ("embed", *EMBEDDING_TYPES):
+                self.embeddings[version] = {"civitai": int(version)}
+                # other writers put the model's title here, this worker the word that the prompt uses
+                if isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name.lower() not in words:
+                    found = embedding_use(re.escape(name)).search(prompts)
+                    self.embeddings[version] |= {"name": name} if found else {}
+                    words |= {name.lower()} if found else set()
+            else:
+                named = [shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model]
+                self.missing.append(" ".join(named))
 
-def recipe_resources(
-    resources: Any, prompts: str, settings: Settings
-) -> tuple[dict[str, dict], dict[str, dict], dict[str, Any], list[str]]:
-    """Civitai's own list in a recipe: LoRAs, adapter -> entry of the field; embeddings, version -> entry; checkpoints,
-    version -> name; what cannot be used."""
-    loras, embeddings, checkpoints, missing = {}, {}, {}, []
-    words: set[str] = set()
-    for item in resources if isinstance(resources, list) else [resources]:
-        model = item if isinstance(item, dict) else {"modelName": item}
-        if air := AIR.fullmatch(str(model.get("air"))):  # as ComfyUI's savers write it
-            model = {"type": air[2], "modelVersionId": air[3]} | model
-        version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
-        version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
-        kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
-        by_id = version and settings.allows(version)
-        if adapter in settings.stack or (by_id and kind in LORA_TYPES):
-            called = {"name": adapter} if adapter in settings.stack else {"civitai": int(version)}
-            loras[adapter] = called | {"scale": 1.0 if weight is None else weight}
-        elif kind in ("checkpoint", "model"):
-            checkpoints[version] = name
-        elif by_id and kind in ("embed", *EMBEDDING_TYPES):
-            embeddings[version] = {"civitai": int(version)}
-            # Civitai's name is a title, this worker's the prompt's word
-            if isinstance(name, str) and re.fullmatch(EMBEDDING_NAME, name) and name.lower() not in words:
-                found = embedding_use(re.escape(name)).search(prompts)
-                embeddings[version] |= {"name": name} if found else {}
-                words |= {name.lower()} if found else set()
-        else:
-            named = [shown(model[key]) for key in ("type", "modelName", "modelVersionId") if key in model]
-            missing.append(" ".join(named))
-    return loras, embeddings, checkpoints, missing
-
-
-def other_models(keys: dict[str, str], checkpoints: dict[str, Any], settings: Settings) -> list[str]:
-    """A recipe's checkpoint and VAE where this worker has others, by version id (version -> name), else by hash, else
-    by name. Takes their keys."""
-    checkpoint, missing = settings.checkpoint, []
-    name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
-    own_hash = recorded_hash(settings.checkpoint_dir / checkpoint["filename"])
-    if checkpoints:
-        same, name = version_id(checkpoint) in checkpoints, name or next(iter(checkpoints.values()))
-    elif own_hash and len(digits) >= len(own_hash):
-        same = digits.startswith(own_hash)
-    else:
-        names = [sanitize_name(text) for text in (checkpoint["name"], Path(checkpoint["filename"]).stem)]
-        same = not (name or digits) or sanitize_name(name) in names
-    if not same:
-        missing.append(
-            f"checkpoint {shown(name or digits or next(iter(checkpoints)))} (here it is {checkpoint['name']})"
+    def read_hashes(self, prompt: str) -> str:
+        """What hashes tell; the prompt, in which <lora:…> tags whose file one tells get the stack's names."""
+        hashes, embedding_hashes = (
+            dict(map(str.strip, pair.split(":", 1)) for pair in self.keys.pop(key, "").split(",") if ":" in pair)
+            for key in ("Lora hashes", "TI hashes")
         )
-    own_vae = Path(settings.vae_model).name
-    if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
-        missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
-    return missing
+        noted = self.take_json("Hashes")  # {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
+        for key, digits in noted.items() if isinstance(noted, dict) else ():
+            kind, _, name = key.partition(":")
+            of_kind = {"lora": hashes, "lyco": hashes, "embed": embedding_hashes}.get(kind.lower())
+            if of_kind is not None:
+                of_kind.setdefault(name, digits if isinstance(digits, str) else "")
+            elif kind == "model" and isinstance(digits, str):
+                self.keys.setdefault("Model hash", digits)
+            elif kind != "vae":
+                self.missing.append(shown(key))
+        known, by_hash = stack_names(self.settings), {}
+        unknown = [name for name in hashes if sanitize_name(name) not in known]
+        for adapter, config in self.settings.stack.items() if unknown else ():
+            file = self.settings.lora_dir / config["filename"]
+            if file.is_file():
+                by_hash |= dict.fromkeys((addnet_hash(file)[:10], recorded_hash(file)), adapter)
+        by_hash.pop("", None)
+        renamed = {name: by_hash[short] for name in unknown if (short := hashes[name][:10].lower()) in by_hash}
+        tags, by_id = dict(split_lora_tags(prompt)[1]), any("civitai" in lora for lora in self.loras.values())
+        for name in hashes:
+            if name not in tags and renamed.get(name, known.get(sanitize_name(name))) not in self.loras and not by_id:
+                self.missing.append(f"LoRA {shown(name)}, which the prompt does not use")  # by an id it may be in use
+        if not self.embeddings:
+            here = [config["name"].lower() for config in self.settings.embeddings]
+            self.missing += [f"embedding {shown(name)}" for name in embedding_hashes if name.lower() not in here]
+        return LORA_TAG.sub(
+            lambda tag: tag[0].replace(f":{tag[1]}", f":{renamed.get(tag[1].strip(), tag[1])}", 1), prompt
+        )
+
+    def read_checkpoint(self) -> None:
+        """The checkpoint (by its version id, else its hash, else its name) and the VAE, where this worker has others."""
+        checkpoint, keys = self.settings.checkpoint, self.keys
+        name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
+        own_hash = recorded_hash(self.settings.checkpoint_dir / checkpoint["filename"])
+        if self.checkpoints:
+            same = version_id(checkpoint) in self.checkpoints
+            name = name or next(iter(self.checkpoints.values())) or next(iter(self.checkpoints))
+        elif own_hash and len(digits) >= len(own_hash):
+            same = digits.startswith(own_hash)
+        else:
+            names = [sanitize_name(text) for text in (checkpoint["name"], Path(checkpoint["filename"]).stem)]
+            same = not (name or digits) or sanitize_name(name) in names
+        if not same:
+            self.missing.append(f"checkpoint {shown(name or digits)} (here it is {checkpoint['name']})")
+        own_vae = Path(self.settings.vae_model).name
+        if vae not in ("", "None", "Automatic", own_vae) and not re.match("sdxl[-_ ]?vae", vae, re.IGNORECASE):
+            self.missing.append(f"VAE {shown(vae)} (here it is {own_vae})")
 
 
 @functools.cache
