@@ -4176,7 +4176,7 @@ class RecipeModels:
         )
 
     def read_checkpoint(self) -> None:
-        """The checkpoint (by its version id, else its hash, else its name) and the VAE, where this worker has others."""
+        """The checkpoint, by version id, else by hash, else by name, and the VAE, where this worker has others."""
         checkpoint, keys = self.settings.checkpoint, self.keys
         name, digits, vae = keys.pop("Model", ""), keys.pop("Model hash", "").lower(), keys.pop("VAE", "")
         own_hash = recorded_hash(self.settings.checkpoint_dir / checkpoint["filename"])
