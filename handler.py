@@ -154,6 +154,10 @@ VAE_MODEL = "madebyollin/sdxl-vae-fp16-fix"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 MAX_LORA_SCALE = 10.0
 EMBEDDING_NAME = r"[\w.-]{1,100}"  # a prompt uses it as a word
+# Civitai's names of model versions, urn:air:<ecosystem>:<type>:civitai:<model>@<version>; these are made for SDXL
+AIR = re.compile(r"urn:air:(\w+):(\w+):civitai:[0-9]{1,12}@([0-9]{1,12})", re.IGNORECASE)
+AIR_ECOSYSTEMS = ("sdxl", "sdxldistilled", "sdxllightning", "pony", "illustrious", "noobai")
+LORA_TYPES, EMBEDDING_TYPES = ("lora", "lycoris", "locon", "dora"), ("embedding", "textualinversion")
 
 
 def version_id(config: Mapping[str, Any]) -> str:
@@ -4350,10 +4354,6 @@ MAX_SEED = 2**32
 SIDES = 256, 2048  # pixels
 MAX_HIRES_SIDE, MAX_HIRES_SCHEDULE = 4096, 999  # pixels; steps: the network knows 1,000 levels of noise
 MAX_LISTED = 64  # LoRAs, embeddings
-# urn:air:<ecosystem>:<type>:civitai:<model>@<version>; these are made for SDXL
-AIR = re.compile(r"urn:air:(\w+):(\w+):civitai:[0-9]{1,12}@([0-9]{1,12})", re.IGNORECASE)
-AIR_ECOSYSTEMS = ("sdxl", "sdxldistilled", "sdxllightning", "pony", "illustrious", "noobai")
-LORA_TYPES, EMBEDDING_TYPES = ("lora", "lycoris", "locon", "dora"), ("embedding", "textualinversion")
 REQUIRED = object()
 
 
@@ -5076,13 +5076,8 @@ def serve_queue() -> None:
 
 def warm_up() -> int:
     """Loads the models and draws a first image, or raises WorkerError; returns how many jobs the worker may hold."""
-    settings = Settings.from_environ()
-    files = [download.path for download in Store(settings).configured]
-    with as_setup_failure("the model store cannot be written to: check MODEL_CACHE_DIR"):
-        for folder in {file.parent for file in files if not file.is_file()}:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
     engine = WORKER.engine()
+    settings = engine.settings
     with phase("warm-up image"), WORKER.gpu, torch.inference_mode():
         side = 1024 if torch.cuda.is_available() else 256
         request = JobRequest.parse({"prompt": "warm-up", "steps": 2, "width": side, "height": side}, settings)
