@@ -2077,9 +2077,8 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
             raise BadModel(f"its layer {name} does not fit SDXL's, which is {tuple(tensor.shape)}") from error
     warnings, embeddings = [], {}
     if unknown:
-        total = len(unknown) + len({name.rpartition(".")[0] for name in changes})
         such = f"such as {min(unknown)[:80]!r}"
-        warnings.append(f"{len(unknown)} of its {total} layers are not in SDXL and are left out, {such}")
+        warnings.append(f"{len(unknown)} of its layers and biases are not in SDXL and are left out, {such}")
     for name, parts in bundled.items():
         try:
             embeddings[name] = read_embedding(name, parts, pipe)
@@ -2218,20 +2217,23 @@ class Target:
 def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     """Makes a tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
     torch.compile and hooks hold on to the tensor."""
-    tensor, original = getattr(target.module, target.name), target.original.to(device)
+    tensor = getattr(target.module, target.name)
+    original = target.original.to(device).float()
     used = {name: share for name, share in target.shares.items() if name in scales}
     plain = {name: share for name, share in used.items() if share.is_plain}
-    changes = []
+    merged = original
     if plain:  # their factors are joined to one product, whatever the number of LoRAs
         ups = torch.cat([share.parts["up"].flatten(1).to(device) for share in plain.values()], dim=1).float()
         downs = torch.cat([share.parts["down"].flatten(1).to(device) for share in plain.values()]).float()
-        factors = [scales[name] * share.scaling for name, share in plain.items() for _ in share.parts["down"]]
-        changes = [(ups * torch.tensor(factors, device=device) @ downs).view_as(original)]
+        factors = [
+            scales[name] * share.scaling for name, share in plain.items() for _ in range(len(share.parts["down"]))
+        ]
+        ups *= torch.tensor(factors, device=device)
+        merged = torch.addmm(original.flatten(1), ups, downs).view_as(original)
     for name, share in used.items():
         if name not in plain:
-            changes.append(scales[name] * share.to(device).change(original.float()))
-    # to() first: a copy that converts as well would convert on the CPU, and move twice the bytes
-    tensor.copy_(sum(changes, original.float()).to(tensor.dtype))
+            merged = merged + scales[name] * share.to(device).change(original)
+    tensor.copy_(merged.to(tensor.dtype))  # to() first: it would convert on the CPU, and move twice the bytes
 
 
 class LoraStack:

@@ -178,14 +178,14 @@ def test_the_largest_job(card):
 
 
 def test_stack_change_on_the_gpu(card):
-    """With the originals on the GPU a change of the stack uploads no weights, waits for nothing, and is three kernels a
+    """With the originals on the GPU a change of the stack uploads no weights, waits for nothing, and is ten kernels a
     tensor at the most."""
     assert card.used > (6.4 + 5.4) * GIB
     stack = seams.engine().stack
     assert stack.apply(dict.fromkeys(stack.applied, 0.5))
     assert card.uploaded < 1e6
     assert card.syncs == []
-    assert sum(card.kernels.values()) < 3000, card.kernels
+    assert sum(card.kernels.values()) <= 10 * len(seams.changed_tensors(stack)), card.kernels
     assert above_weights(card) < 0.5
 
 

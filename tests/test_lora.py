@@ -218,8 +218,8 @@ def test_the_stack_in_force_costs_no_operation(bare, files) -> None:
 VIEWS = ("view", "slice", "split", "split_with_sizes", "detach", "alias", "unsqueeze", "expand", "permute", "t")
 
 
-def test_a_change_of_the_stack_takes_three_kernels_a_weight(loaded, files) -> None:
-    """Of nine LoRAs or some of them, as of one: a product, a sum, and a share in what is joined for many weights."""
+def test_a_change_of_the_stack_takes_ten_kernels_a_weight(loaded, files) -> None:
+    """Of nine LoRAs or some of them, as of one: their factors are joined to one product."""
     half = copy_of(loaded, torch.float16)
     stack = LoraStack(half, files)
     stack.apply(SCALES)
@@ -227,7 +227,7 @@ def test_a_change_of_the_stack_takes_three_kernels_a_weight(loaded, files) -> No
         with Operations() as operations:
             stack.apply(scales)
         started = sum(n for name, n in operations.counts.items() if name.split(".")[1].strip("_") not in VIEWS)
-        assert started <= 3 * len(changed_tensors(stack)), operations.counts
+        assert started <= 10 * len(changed_tensors(stack)), operations.counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,7 +712,7 @@ def test_layers_that_sdxl_lacks_are_left_out_with_a_warning(loaded, shared, tmp_
     assert all(distance(tensor_of(shared, name), layers[name][1](1.0)) < 2e-6 for name in SOME)
     assert changed_tensors(stack) == SOME.keys()
     [warning] = stack.loras["one"].warnings
-    assert warning == "3 of its 16 layers are not in SDXL and are left out, such as 'lora_te3_layers_0'"
+    assert warning == "3 of its layers and biases are not in SDXL and are left out, such as 'lora_te3_layers_0'"
     stack.apply({})
 
 
