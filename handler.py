@@ -743,7 +743,7 @@ class Store:
 
 
 class Places:
-    """So many may be at work at once; `with` waits for a place."""
+    """A semaphore whose size grows and is halved: so many may be at work at once, and `with` waits for a place."""
 
     def __init__(self, most: int) -> None:
         self.changed, self.busy, self.most, self.halved = threading.Condition(), 0, most, -math.inf
@@ -1284,7 +1284,7 @@ class Download:
                 try:
                     self.fetch(lock)
                 except Fault as fault:
-                    time.sleep(self.bear(fault))
+                    time.sleep(self.backoff_s(fault))
                 except WrongFile as wrong:
                     log.warning("%s: what came %s", self, wrong)
                     if refused and self.problem():  # where locks do nothing, another worker may have brought it
@@ -1303,7 +1303,7 @@ class Download:
         """Bytes came, and so many are left to come: faults count from here again."""
         self.faults, self.deadline, self.left = 0, time.monotonic() + self.patience_s, left
 
-    def bear(self, fault: Fault) -> float:
+    def backoff_s(self, fault: Fault) -> float:
         """Seconds to wait before the next try. Raises DownloadError after enough tries in a row, and after patience_s
         without a byte."""
         self.faults += 1
@@ -1324,8 +1324,10 @@ class Download:
         source = self.source
         listed = Listed() if self.sha256 else self.look_up(source.size)
         expected = self.sha256 or listed.sha256
-        told = secrets.token_hex() if source.whole else f"{urlsplit(self.url).path} {source.size} {source.tag}"
-        identity = hashlib.sha256(f"{told} {SEGMENT}".encode()).hexdigest()[:16]  # of one stream: of no use to another
+        known_by = f"{urlsplit(self.url).path} {source.size} {source.tag}"
+        if source.whole:  # a stream without ranges cannot be resumed, and its part is of no use to another
+            known_by = secrets.token_hex()
+        identity = hashlib.sha256(f"{known_by} {SEGMENT}".encode()).hexdigest()[:16]
         # 2. room for it, and what others left of it
         if self.of_job:
             self.store.admit(self, listed.kind)
@@ -1469,7 +1471,7 @@ class Download:
         Raises WrongFile where it leads to another file."""
         with self.renewing:
             while self.source is source and not part.ended.is_set():
-                if part.ended.wait(self.bear(fault)):
+                if part.ended.wait(self.backoff_s(fault)):
                     return
                 try:
                     found = self.ask()
@@ -2736,9 +2738,9 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
             counts.append(len(tokens))
         # 2. states (n, 77, D) and pooled vectors (n, D)
         place = {window: i for i, window in enumerate(dict.fromkeys(windows))}
-        unlike, found = list(place), []
-        for start in range(0, len(unlike), CHUNKS_AT_ONCE):
-            batch = unlike[start : start + CHUNKS_AT_ONCE]
+        distinct, found = list(place), []
+        for start in range(0, len(distinct), CHUNKS_AT_ONCE):
+            batch = distinct[start : start + CHUNKS_AT_ONCE]
             ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
             with encoder.get_input_embeddings().register_forward_hook(put_vectors(part, batch)):
                 output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)

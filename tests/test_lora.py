@@ -853,7 +853,7 @@ def test_a_change_that_fails_half_way_is_made_good_by_the_next(bare, files) -> N
     stack.apply(SCALES)
     default = weights_of(bare)
     for wanted, expected in ((SCALES, default), ({}, before)):
-        with pytest.raises(torch.OutOfMemoryError), Operations(fail_at=("aten.mm.default", 50)):
+        with pytest.raises(torch.OutOfMemoryError), Operations(fail_at=("aten.addmm.default", 50)):
             stack.apply({"detail_tweaker_xl": 3.0, "boring_reality_primaryv3_0": -1.0})
         assert stack.apply(wanted) is True
         assert_same(weights_of(bare), expected)
