@@ -2346,7 +2346,7 @@ MAX_WEIGHT = 100.0  # beyond it states overflow, and a whole job ends in a black
 WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
-RUN_STATES = 2_000  # of a prompt with more than twice as many, those that are compared with each other
+MANY_STATES, RUN_STATES = 4_000, 500  # of a prompt with more, those that are compared with each other
 BLOCK_STATES = 256  # how many are compared with all others at once
 NO_LIKENESS = -2.0  # less than any cosine
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
@@ -2783,10 +2783,10 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
 
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
-    as they are. More than 2 · RUN_STATES, which 10,000 characters are in Chinese alone, are
-    halved in runs before: all at once they would take a minute."""
+    as they are. More than MANY_STATES, which 10,000 characters are only in Chinese and its like, are halved in runs
+    before: all at once they would take a minute."""
     group = np.arange(len(states))  # of each state
-    if len(states) > RUN_STATES:  # equal ones, as of a thousand BREAKs, would take a round each
+    if len(states) > MANY_STATES // 2:  # equal ones, as of a thousand BREAKs, would take a round each
         seen: dict[bytes, int] = {}
         equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.detach().cpu().numpy())])
         joined = np.flatnonzero(equal != group)[most - len(group) :]  # no fewer than `most` are left
@@ -2798,7 +2798,7 @@ def merge_alike(states: Any, most: int) -> Any:
         means = torch.zeros_like(states[:count]).index_add_(0, index, states) / torch.bincount(index).unsqueeze(1)
         if count <= most:
             return means
-        run, left = (count, most) if count <= 2 * RUN_STATES else (RUN_STATES, RUN_STATES // 2)
+        run, left = (count, most) if count <= MANY_STATES else (RUN_STATES, RUN_STATES // 2)
         found: list[Any] = []
         for start in range(0, count, run):
             likeness, norms = compare(means[start : start + run].detach())  # who is like whom has no gradient
