@@ -2785,17 +2785,18 @@ def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
     as they are. More than MANY_STATES, which 10,000 characters are only in Chinese and its like, are halved in runs
     before: all at once they would take a minute."""
-    group = np.arange(len(states))  # of each state
+    group, host = np.arange(len(states)), states.cpu()  # each state's group; sums, whose order must be the same always
     if len(states) > MANY_STATES // 2:  # equal ones, as of a thousand BREAKs, would take a round each
         seen: dict[bytes, int] = {}
-        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(states.detach().cpu().numpy())])
+        equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(host.detach().numpy())])
         joined = np.flatnonzero(equal != group)[most - len(group) :]  # no fewer than `most` are left
         group[joined] = equal[joined]
         group = np.unique(group, return_inverse=True)[1]
     while True:
-        index, sizes = torch.from_numpy(group).to(states.device), np.bincount(group)
+        index, sizes = torch.from_numpy(group), np.bincount(group)
         count = len(sizes)
-        means = torch.zeros_like(states[:count]).index_add_(0, index, states) / torch.bincount(index).unsqueeze(1)
+        means = torch.zeros_like(host[:count]).index_add_(0, index, host) / torch.bincount(index).unsqueeze(1)
+        means = means.to(states.device)
         if count <= most:
             return means
         run, left = (count, most) if count <= MANY_STATES else (RUN_STATES, RUN_STATES // 2)
