@@ -687,9 +687,8 @@ class Store:
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
         volumes: dict[int, tuple[Path, dict[Download, float]]] = {}
-        for download in {download.path: download for download in self.downloads}.values():
-            if download.source.size == math.inf or download.fetched:
-                continue
+        sized = [one for one in self.downloads if one.source.size != math.inf and not one.fetched]
+        for download in {one.path: one for one in sized}.values():  # several may be for one file
             missing = download.source.size
             for file in (download.path, *left_of(download.path)):  # parts are resumed or deleted, a file is replaced
                 with suppress(FileNotFoundError):
@@ -1978,9 +1977,10 @@ class Share:
         return sum(part.nbytes for part in self.parts.values())
 
     def to(self, device: Any) -> Share:
-        """The same on another device."""
-        magnitude = None if self.magnitude is None else self.magnitude.to(device)
-        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, magnitude=magnitude)
+        """The same on another device; the host does not wait for it."""
+        parts = {name: part.to(device, non_blocking=True) for name, part in self.parts.items()}
+        magnitude = None if self.magnitude is None else self.magnitude.to(device, non_blocking=True)
+        return replace(self, parts=parts, magnitude=magnitude)
 
     def change(self, original: Any) -> Any:
         """The change in float32, for the checkpoint's own tensor in float32; all on one device."""
@@ -2177,11 +2177,14 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, Any]:
                 configs.setdefault(component, {})[name] = value
         configs = {component: peft.LoraConfig(**fields) for component, fields in configs.items()}
         for config in configs.values():
-            re.compile("|".join(config.alpha_pattern))
-            if not math.isfinite(sum(map(float, (config.lora_alpha, *config.alpha_pattern.values())))):
+            config.lora_alpha = float(config.lora_alpha)
+            config.alpha_pattern = {key: float(alpha) for key, alpha in config.alpha_pattern.items()}
+            for key in config.alpha_pattern:
+                re.compile(rf"(.*\.)?({key})$")  # as PEFT will
+            if not math.isfinite(sum((config.lora_alpha, *config.alpha_pattern.values()))):
                 raise ValueError("no finite alpha")
         return configs
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise BadModel("its PEFT configuration cannot be read") from error
 
 
@@ -2225,13 +2228,14 @@ def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     plain = {name: share for name, share in used.items() if share.is_plain}
     merged = original
     if plain:  # their factors are joined to one product, whatever the number of LoRAs
-        ups = torch.cat([share.parts["up"].flatten(1).to(device) for share in plain.values()], dim=1).float()
-        downs = torch.cat([share.parts["down"].flatten(1).to(device) for share in plain.values()]).float()
+        parts = [share.to(device).parts for share in plain.values()]
+        ups = torch.cat([part["up"].flatten(1) for part in parts], dim=1).float()
+        downs = torch.cat([part["down"].flatten(1) for part in parts]).float()
         factors = [
             scales[name] * share.scaling for name, share in plain.items() for _ in range(len(share.parts["down"]))
         ]
-        ups *= torch.tensor(factors, device=device)
-        merged = torch.addmm(original.flatten(1), ups, downs).view_as(original)
+        ups *= torch.tensor(factors).to(device, non_blocking=True)
+        merged = torch.addmm(original.reshape(len(original), -1), ups, downs).view_as(original)
     for name, share in used.items():
         if name not in plain:
             merged = merged + scales[name] * share.to(device).change(original)
@@ -2431,7 +2435,8 @@ def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Em
 def embedding_use(names: str) -> re.Pattern[str]:
     """Where a prompt uses embeddings whose names this pattern tells: as whole words, in any case, or as ComfyUI's
     "embedding:name" and "embedding:name.safetensors"."""
-    return re.compile(rf"(?<![\w\\-])(?:embedding:)?(?:{names})(?:\.(?:safetensors|pt)\b)?(?![\w-])", re.IGNORECASE)
+    suffix = r"(?(prefix)(?:\.(?:safetensors|pt)\b)?)"
+    return re.compile(rf"(?<![\w\\-])(?P<prefix>embedding:)?(?:{names}){suffix}(?![\w-])", re.IGNORECASE)
 
 
 def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
@@ -2444,7 +2449,7 @@ def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
         return prompt
     longest = sorted(marks, key=lambda mark: len(marks[mark].name), reverse=True)
     names = "|".join(f"({re.escape(marks[mark].name)})" for mark in longest)
-    return embedding_use(names).sub(lambda found: longest[found.lastindex - 1], prompt)
+    return embedding_use(names).sub(lambda found: longest[found.lastindex - 2], prompt)
 
 
 # A1111's prompt language
@@ -2783,8 +2788,11 @@ def build_77_token_tensor(text_chunks: list[Any], token_counts: list[int] | None
 
 def merge_alike(states: Any, most: int) -> Any:
     """(N, D) -> (most, D) means of like states, in the order of each mean's first state; at most that many come back
-    as they are. More than MANY_STATES, which 10,000 characters are only in Chinese and its like, are halved in runs
-    before: all at once they would take a minute."""
+    as they are.
+
+    More than MANY_STATES, which 10,000 characters are in Chinese and its like alone, are halved in runs before: all at
+    once they would take a minute.
+    """
     group, host = np.arange(len(states)), states.cpu()  # each state's group; sums, whose order must be the same always
     if len(states) > MANY_STATES // 2:  # equal ones, as of a thousand BREAKs, would take a round each
         seen: dict[bytes, int] = {}
@@ -3971,13 +3979,14 @@ def read_picture_keys(keys: dict[str, str], warnings: list[str]) -> dict[str, tu
 
 
 def hires_scale(resize: str, size: str) -> str:
-    """A1111's "Hires resize" as "Hires upscale": "1664x2432" or "1664x0" of "832x1216" -> "2.0"; "" for anything else,
-    such as another shape, which it would crop."""
-    with suppress(ValueError, ZeroDivisionError):
+    """A1111's "Hires resize" as "Hires upscale": "1664x2432" or "1664x0" of "832x1216" -> "2.0"; "" where no scale
+    leads to these sides, such as those of another shape, to which A1111 would crop."""
+    with suppress(ValueError, ArithmeticError):
         sides = [(int(to), int(side)) for to, side in zip(resize.split("x"), size.split("x"), strict=True)]
-        scales = [to / side for to, side in sides if to]
-        if scales and max(scales) - min(scales) < 0.01:
-            return str(scales[0])
+        for scale in (to / side for to, side in sides if to > 0):
+            for near in (scale, math.nextafter(scale, math.inf)):  # int() may round a side down
+                if all(to in (0, int(side * near)) for to, side in sides):
+                    return str(near)
     return ""
 
 
@@ -4127,8 +4136,9 @@ class RecipeModels:
         words: set[str] = set()
         for item in resources if isinstance(resources, list) else [resources]:
             model = item if isinstance(item, dict) else {"modelName": item}
-            if air := AIR.fullmatch(str(model.get("air"))):  # as ComfyUI's savers write it
-                model = {"type": air[2], "modelVersionId": air[3]} | model
+            air = AIR.fullmatch(str(model.get("air")))  # as ComfyUI's savers write it
+            if air and air[1].lower() in AIR_ECOSYSTEMS:
+                model = model | {"type": air[2], "modelVersionId": air[3]}
             version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
             version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
             kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
@@ -4158,7 +4168,8 @@ class RecipeModels:
         noted = self.take_json("Hashes")  # {"model": ..., "lora:<name>": ..., "embed:<name>": ...}
         for key, digits in noted.items() if isinstance(noted, dict) else ():
             kind, _, name = key.partition(":")
-            of_kind = {"lora": hashes, "lyco": hashes, "embed": embedding_hashes}.get(kind.lower())
+            kind = kind.lower()
+            of_kind = {"lora": hashes, "lyco": hashes, "embed": embedding_hashes}.get(kind)
             if of_kind is not None:
                 of_kind.setdefault(name, digits if isinstance(digits, str) else "")
             elif kind == "model" and isinstance(digits, str):
@@ -4757,13 +4768,16 @@ def choose_loras(
         chosen[adapter] = stack.get(adapter, {"scale": 1.0})["scale"] if item.scale is None else item.scale
     known |= {adapter: adapter for adapter in chosen}
     # of a recipe's tags and version ids nothing but the scale tells which belong together
-    listed_scales, unknown = [*chosen.values()] if of_recipe else [], []
-    for name, scale in split_lora_tags(prompt)[1]:
-        if is_listed := scale in listed_scales:
-            listed_scales.remove(scale)
+    tags, untagged, unknown = split_lora_tags(prompt)[1], dict(chosen) if of_recipe else {}, []
+    for name, scale in tags:
         if adapter := known.get(sanitize_name(name)):
             chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
-        elif not is_listed:
+            untagged.pop(adapter, None)
+    scales = [*untagged.values()]
+    for name, scale in [tag for tag in tags if sanitize_name(tag[0]) not in known]:
+        if scale in scales:
+            scales.remove(scale)
+        else:
             unknown.append(f"<lora:{name[:40]}>")
     if unknown:
         such = f"{unknown[0]} was" if len(unknown) == 1 else f"{len(unknown)} tags, {unknown[0]} first, were"

@@ -380,9 +380,9 @@ def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     return torch.cat(states, dim=-1), [*map(max, counts)], pooled
 
 
-def blended_chunks(pipe: Any, states: Any, counts: list[int], pooled: Any) -> tuple[Any, Any]:
+def blended_chunks(states: Any, counts: list[int], pooled: Any) -> tuple[Any, Any]:
     """What encoded_chunks gives, blended as a job's is: (1, 77, D), (1, P)."""
-    width = pipe.text_encoder.config.hidden_size
+    width = states.shape[-1] - pooled.shape[-1]  # of the first encoder's states
     clip_l, clip_g = states[..., :width].clone(), states[..., width:].clone()
     encoded = handler.join_chunks(clip_l, clip_g, pooled, [(count, count) for count in counts], "blend")
     return encoded.embeds, encoded.pooled

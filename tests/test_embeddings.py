@@ -185,6 +185,7 @@ def test_half_precision(pipe, embeddings):
                 "\\(BadHands\\)",
             )
         ),
+        ("BadHands.pt", ["BadHands"]),
         *((text, []) for text in ("badhand", "badhandss", "mybadhands", "bad hands", "badhands_v2", "badhands-v3")),
         *((text, []) for text in ("x-badhands", "\\BadHands", "<lora:BadHands:0>", "漢字badhands", "")),
         *((text, ["badhands-v2"]) for text in ("badhands-v2", "embedding:BadHands-V2,", "(badhands-v2)")),

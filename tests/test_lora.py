@@ -896,6 +896,8 @@ CONFIGURATIONS = {  # of PEFT, which cannot be used
     "alpha pattern": '{"unet.alpha_pattern": {"(": 4}}',
     "alpha in words": '{"unet.lora_alpha": "eight"}',
     "infinite alpha": '{"unet.lora_alpha": Infinity}',
+    "huge alpha": f'{{"unet.lora_alpha": {10**400}}}',
+    "patterns that close each other": '{"unet.alpha_pattern": {"(a": 4, "b)": 4}}',
 }
 DORA = {"lora_adapter_metadata": '{"unet.r": 2, "unet.use_dora": true}'}
 

@@ -525,14 +525,22 @@ def test_hires_keys_of_recipes_are_honoured(upscaler):
     assert seams.parse({"parameters": recipe_of(**keys, **{"Hires steps": 9})}).hires.steps == 9
 
 
-@pytest.mark.parametrize("resize", ["1024x1536", "1024x0", "0x1536", "1024x1400"])
-def test_hires_resize(resize):
-    """A1111's other way to say the second pass's size; where it would crop it is named as left out."""
-    request = seams.parse({"parameters": recipe_of(**{"Denoising strength": 0.45, "Hires resize": resize})})
-    if resize.endswith("1400"):
-        assert request.hires is None and any("Hires resize" in warning for warning in request.warnings)
-    else:
-        assert (request.hires.scale, request.hires.strength, request.warnings) == (2, 0.45, ())
+def test_hires_resize():
+    """A1111's other way to say the second pass's size, exactly; where it would crop it is left out and named."""
+    for size, resize, sides in (
+        ("512x768", "1024x1536", (1024, 1536)),
+        ("512x768", "0x1536", (1024, 1536)),
+        ("832x1216", "1920x0", (1920, 2800)),
+        ("832x1216", "1248x1824", (1248, 1824)),
+        *(("512x768", text, None) for text in ("1024x1400", "1024x1528", "-1024x0", "0x0", "big", f"{10**400}x0")),
+    ):
+        words = {"Denoising strength": 0.45, "Size": size, "Hires resize": resize}
+        request = seams.parse({"parameters": recipe_of(**words)})
+        if sides:
+            assert request.hires.strength == 0.45 and not request.warnings
+            assert seams.passes(width=request.width, height=request.height, hires=vars(request.hires))[1][:2] == sides
+        else:
+            assert request.hires is None and any("Hires resize" in warning for warning in request.warnings)
 
 
 def test_an_upscaler_that_is_not_here_is_lanczos_with_a_warning():

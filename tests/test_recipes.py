@@ -168,9 +168,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["does not have: LoRA 'gone', which the prompt does not use, checkpoint '77' (here it is"],
     ),
     "a LoRA of the stack by id, and by a tag with another name": (
-        "a cat <lora:add-detail:0.7> <lora:gone:0.7>\nSteps: 4, Sampler: Heun, CFG scale: 3, Seed: 3, Size: 512x768, "
+        "a cat <lora:real_skin_slider:0.7> <lora:add-detail:0.7> <lora:gone:0.7>\n"
+        "Steps: 4, Sampler: Heun, CFG scale: 3, Seed: 3, Size: 512x768, "
         'Civitai resources: [{"type":"lora","modelVersionId":135867,"weight":0.7}]',
-        {"loras": {"detail_tweaker_xl": 0.7}},
+        {"loras": {"detail_tweaker_xl": 0.7, "real_skin_slider": 0.7}},
         ["<lora:gone> was left out"],
     ),
     "LoRAs and embeddings by hash": (
