@@ -53,7 +53,7 @@ def test_job_file(run, tmp_path):
 
 def test_test_input(run, tmp_path):
     """--test_input runs a job from the command line; the SDK's other options go on working."""
-    done = run("--rp_log_level", "ERROR", "--test_input", json.dumps({"input": {**SMALL, "num_images": 1}}))
+    done = run("--rp_log_level", "ERROR", "--test_input", json.dumps({"input": {**SMALL, "num_images": 1}}), LORAS="")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "output").iterdir())) == 1
     assert "INFO   | " not in done.stdout.replace("INFO   | Log level set to ERROR", "")
@@ -82,7 +82,7 @@ def test_local_http_server(world, civitai, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **world.environ(civitai.url)}
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **world.environ(civitai.url), "LORAS": ""}
     command = [sys.executable, str(ROOT / "handler.py"), "--rp_serve_api", "--rp_api_port", str(port)]
     server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 import re
@@ -328,7 +329,13 @@ def test_what_files_differ_in_is_read_as_diffusers_reads_it(loaded, bare, tmp_pa
 
 
 def world_tensors(lora: Lora, style: str) -> dict[str, np.ndarray]:
-    """The tensors of a LoRA as world.write_lora writes them."""
+    """The tensors of a LoRA as world.write_lora writes them; the dict is the caller's, the arrays are all callers'."""
+    return dict(drawn_tensors(lora, style))
+
+
+@functools.cache
+def drawn_tensors(lora: Lora, style: str) -> dict[str, np.ndarray]:
+    """The same, drawn once."""
     return lora_tensors(lora, style, "tiny", 0.3, Noise(0, "tiny"), "one")
 
 

@@ -30,11 +30,10 @@ def vectors(count: int, seed: int) -> dict[str, np.ndarray]:
     return {part: random.standard_normal((count, width)).astype(np.float16) for part, width in widths.items()}
 
 
-@pytest.fixture
-def server(world: World, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
-    """Civitai with models that the worker does not have; jobs bring them into a store of their own."""
-    origin = tmp_path / "origin"
-    origin.mkdir()
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Version id -> file, of models that the worker does not have."""
+    origin = tmp_path_factory.mktemp("origin")
     files = {
         FILM: write_lora(origin / "film.safetensors", strength=0.5),
         TILT: write_lora(origin / "tilt.safetensors", style="peft", strength=0.5, seed=2),
@@ -44,9 +43,16 @@ def server(world: World, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     bundled = {f"bundle_emb.wordy.{part}": tensor for part, tensor in vectors(2, seed=4).items()}
     weak = {f"lora_unet_out_2.lora_{way}.weight": np.zeros(shape, np.float16) for way, shape in WEAK.items()}
-    files[WORDY] = write_tensors(origin / "wordy.safetensors", weak | bundled)
+    return files | {WORDY: write_tensors(origin / "wordy.safetensors", weak | bundled)}
+
+
+@pytest.fixture
+def server(
+    world: World, pipe, models: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CivitaiServer]:
+    """Civitai with these models; jobs bring them into a store of their own."""
     kinds = {FILM: "LORA", TILT: "LORA", WORDY: "LORA", BROKEN: "LORA", MOOD: "TextualInversion"}
-    with CivitaiServer(files, key=API_KEY) as server:
+    with CivitaiServer(dict(models), key=API_KEY) as server:
         server.kinds.update(kinds)
         for name, folder in (("LORA_DIR", "loras"), ("MODEL_CACHE_DIR", "store")):
             monkeypatch.setenv(name, str(tmp_path / folder))

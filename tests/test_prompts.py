@@ -240,8 +240,13 @@ def random_prompt(rng, most):
     return rng.choice([" ", ", "]).join(parts)
 
 
+# of the first 75: every clip_skip with either emphasis, every shape, one to many chunks of both prompts, each count of
+# chunks the larger, repeated or filled up
+SEEDS = (0, 1, 2, 4, 8, 11, 23, 30, 43, 66, 67)
+
+
 @pytest.mark.parametrize("mode", ["blend", "concat"])
-@pytest.mark.parametrize("seed", range(75))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_tensors_against_the_oracle(pipe, encoder, mode, seed):
     """Random prompts with weights and BREAKs, in one to many chunks, both ways of emphasis: all four tensors are the
     oracle's, so both encoders' states are merged alike, and pooled ones are averaged."""
