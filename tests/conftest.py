@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sys
@@ -47,10 +46,7 @@ def world() -> World:  # noqa: F821
     from world import build_world
 
     torch.set_num_threads(1)
-    CACHE.mkdir(exist_ok=True)
-    with (CACHE / ".lock").open("w") as lock:  # pytest-xdist's processes do not both build it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return build_world(CACHE)
+    return build_world(CACHE)
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 
 import handler
 
+torch = handler.torch  # imported when it is first used: light workers start without it
 TESTS = Path(__file__).resolve().parent  # the folder that models for tests are cached in
 
 
@@ -170,7 +170,6 @@ def compile_unet(pipe: Any, backend: str) -> None:
 
 def load_in_float16() -> None:
     """Pipelines are loaded in float16 without a GPU too, where the full size would take 22 GB."""
-    import torch
 
     build = handler.build_pipeline
     handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
@@ -371,7 +370,6 @@ LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large a
 
 def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     """Chunks as a job encodes them, before they are joined: states (n, 77, D), token counts, pooled vectors (n, P)."""
-    import torch
 
     tokenize = handler.Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
     with torch.inference_mode():

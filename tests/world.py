@@ -13,6 +13,7 @@ single LoRA files of every kind.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import importlib.util
@@ -21,7 +22,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -289,7 +290,8 @@ class Noise:
         """float16 values of mean 0."""
         count = int(np.prod(shape))
         offset = zlib.crc32(name.encode()) % max(len(self.block) - count, 1)
-        return (np.resize(self.block[offset:], count).reshape(shape) * np.float32(std)).astype(np.float16)
+        values = np.resize(self.block[offset : offset + count], count).reshape(shape)  # repeated where it is larger
+        return (values * np.float32(std)).astype(np.float16)
 
     def weight(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A value of a network that neither dies out nor explodes: matrices keep the variance of their input."""
@@ -573,20 +575,25 @@ class World:
 
 def build_world(folder: str | Path, size: str = "tiny", seed: int = 0) -> World:
     """Write the world below folder, or find the one that this very file wrote before."""
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    final = Path(folder).resolve() / f"{size}-{seed}-{version}"
-    if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-        write_world(World(draft, size), seed)
-        try:
-            draft.rename(final)  # all or nothing: a killed or a second builder does no harm
-        except OSError:
-            shutil.rmtree(draft)
-        for old in final.parent.glob(f"{size}-{seed}-*"):
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-    return World(final, size)
+    built = build_once(folder, f"{size}-{seed}", [Path(__file__)], lambda draft: write_world(World(draft, size), seed))
+    return World(built, size)
+
+
+def build_once(folder: str | Path, name: str, sources: list[Path], write: Callable[[Path], None]) -> Path:
+    """The folder <name>-<version> below folder; write makes it, unless these very sources did before."""
+    version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    final = Path(folder).resolve() / f"{name}-{version}"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with (final.parent / f".{name}.lock").open("w") as lock:  # of several processes one builds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.exists():
+            draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+            write(draft)
+            draft.rename(final)  # all or nothing: a killed builder does no harm
+            for old in final.parent.glob(f"{name}-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+    return final
 
 
 def write_world(world: World, seed: int) -> None:

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,8 @@ class Simulation:
 def serve(way: str, simulation: Simulation) -> None:
     """The worker process."""
     if way == "loop":
-        sys.modules["torch"] = types.ModuleType("torch")  # seams imports it, which takes seconds and is of no use here
         import seams
 
-        del sys.modules["torch"]
         seams.serve_with(simulation.run)
     else:
         import runpod

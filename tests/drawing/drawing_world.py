@@ -8,9 +8,7 @@ nothing; the one in OUTLINES' place draws outlines instead of filled shapes.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -80,22 +78,9 @@ def build_drawing_world(folder: str | Path) -> world.World:
     """Write the world below folder, or find the one that the same sources and weights gave before."""
     here = Path(__file__).resolve()
     sources = [here, here.with_name("model.py"), here.with_name("scenes.py"), Path(world.__file__)]
-    digest = hashlib.sha256()
-    for path in [*sources, *sorted(WEIGHTS.glob("*.safetensors"))]:
-        digest.update(path.read_bytes())
-    final = Path(folder).resolve() / f"{model.SIZE}-{digest.hexdigest()[:12]}"
-    if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-        write_drawing_world(world.World(draft, model.SIZE))
-        try:
-            draft.rename(final)  # all or nothing: a killed or a second builder does no harm
-        except OSError:
-            shutil.rmtree(draft)
-        for old in final.parent.glob(f"{model.SIZE}-*"):
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-    return world.World(final, model.SIZE)
+    sources += sorted(WEIGHTS.glob("*.safetensors"))
+    write = lambda draft: write_drawing_world(world.World(draft, model.SIZE))  # noqa: E731
+    return world.World(world.build_once(folder, model.SIZE, sources, write), model.SIZE)
 
 
 def write_drawing_world(made: world.World) -> None:
