@@ -170,7 +170,6 @@ def compile_unet(pipe: Any, backend: str) -> None:
 
 def load_in_float16() -> None:
     """Pipelines are loaded in float16 without a GPU too, where the full size would take 22 GB."""
-
     build = handler.build_pipeline
     handler.build_pipeline = lambda settings, checkpoint, _: build(settings, checkpoint, torch.float16)
 
@@ -370,7 +369,6 @@ LOSSLESS_WEBP = handler.LOSSLESS_WEBP  # for the benchmark of what a too large a
 
 def encoded_chunks(pipe: Any, texts: list[str]) -> tuple[Any, list[int], Any]:
     """Chunks as a job encodes them, before they are joined: states (n, 77, D), token counts, pooled vectors (n, P)."""
-
     tokenize = handler.Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True)
     with torch.inference_mode():
         chunks = [handler.chunk_prompt(tokenize, text, "truncate")[0] for text in texts]
