@@ -12,9 +12,9 @@ that has its imports before the clock starts. Only this worker checks what it fe
 from __future__ import annotations
 
 import argparse
-import math
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
