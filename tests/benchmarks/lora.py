@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("lora", "loha", "lokr", "dora"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="without diffusers, whose way takes 24 GB")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     options = parser.parse_args()
     if options.cpu_time:
@@ -178,7 +179,7 @@ def main() -> None:
     )
     print(f"{options.loras} files ({options.kind}, rank {options.rank}), {size / 1e9:.2f} GB; {options.repeat} rounds")
     print(f"seconds by {CLOCK.__name__}")
-    alone = options.kind != "lora"
+    alone = options.alone or options.kind != "lora"
     print(report(*compare(world, files, getattr(torch, options.dtype), options.repeat, alone)))
 
 
