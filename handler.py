@@ -2223,8 +2223,11 @@ def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     """Makes a tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
     torch.compile and hooks hold on to the tensor."""
     tensor = getattr(target.module, target.name)
-    original = target.original.to(device).float()
     used = {name: share for name, share in target.shares.items() if name in scales}
+    if not used:
+        tensor.copy_(target.original)
+        return
+    original = target.original.to(device).float()
     plain = {name: share for name, share in used.items() if share.is_plain}
     merged = original
     if plain:  # their factors are joined to one product, whatever the number of LoRAs
