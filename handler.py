@@ -166,6 +166,15 @@ def version_id(config: Mapping[str, Any]) -> str:
     return found[1] if found else ""
 
 
+def read_air(air: Any) -> tuple[str, str]:
+    """Type and version id of a model for SDXL: "urn:air:sdxl:lora:civitai:1@135867" -> ("lora", "135867"); twice "" for
+    anything else."""
+    found = AIR.fullmatch(air) if isinstance(air, str) else None
+    if not found or found[1].lower() not in AIR_ECOSYSTEMS:
+        return "", ""
+    return found[2].lower(), str(int(found[3]))
+
+
 def sanitize_name(name: str) -> str:
     """A PEFT-safe adapter name: "Hand Detail FLUX & XL" -> "hand_detail_flux_xl", "" -> "adapter".
 
@@ -3293,8 +3302,16 @@ class NoiseLevels:
 
 # NVIDIA's ten steps for SDXL (research.nvidia.com/labs/toronto-ai/AlignYourSteps); others by log-linear interpolation
 ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
-SCHEDULES = ("Uniform", "Karras", "Exponential", "SGM Uniform", "Simple", "Align Your Steps", "KL Optimal")
-SCHEDULES += ("Polyexponential",)
+SCHEDULES = (
+    "Uniform",
+    "Karras",
+    "Exponential",
+    "SGM Uniform",
+    "Simple",
+    "Align Your Steps",
+    "KL Optimal",
+    "Polyexponential",
+)
 
 
 # names
@@ -3637,7 +3654,7 @@ def plan_passes(request: JobRequest) -> list[Pass]:
     if hires:
         steps = hires.steps or steps
         width, height = (int(side * hires.scale) // 8 * 8 for side in (width, height))
-        passes.append(Pass(width, height, int(min(steps / min(hires.strength, 0.999), MAX_SEED)), steps))
+        passes.append(Pass(width, height, int(min(steps / min(hires.strength, 0.999), MAX_HIRES_SCHEDULE + 1)), steps))
     return passes
 
 
@@ -4139,9 +4156,9 @@ class RecipeModels:
         words: set[str] = set()
         for item in resources if isinstance(resources, list) else [resources]:
             model = item if isinstance(item, dict) else {"modelName": item}
-            air = AIR.fullmatch(str(model.get("air")))  # as ComfyUI's savers write it
-            if air and air[1].lower() in AIR_ECOSYSTEMS:
-                model = model | {"type": air[2], "modelVersionId": air[3]}
+            kind, version = read_air(model.get("air"))  # as ComfyUI's savers write it
+            if kind:
+                model = model | {"type": kind, "modelVersionId": version}
             version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
             version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
             kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
@@ -4521,11 +4538,10 @@ def entries(
         if len(given := [key for key in ids if key in item]) > 1:
             raise InvalidInput(f"{place} must have one of {' and '.join(given)}")
         if "air" in item:
-            found = AIR.fullmatch(item["air"]) if isinstance(item["air"], str) else None
-            if not found or found[1].lower() not in AIR_ECOSYSTEMS or found[2].lower() not in types:
+            kind, version = read_air(item["air"])
+            if kind not in types:
                 form = f"urn:air:sdxl:{types[0]}:civitai:<model>@<version>, of a model for SDXL"
                 raise InvalidInput(f"{place}.air must be {form}, got {shown(item['air'])}")
-            version = str(int(found[3]))
         elif "civitai" in item:
             digits = re.fullmatch("[0-9]{1,12}", item["civitai"]) if isinstance(item["civitai"], str) else None
             given_id = int(digits[0]) if digits else item["civitai"]
@@ -4771,13 +4787,15 @@ def choose_loras(
         chosen[adapter] = stack.get(adapter, {"scale": 1.0})["scale"] if item.scale is None else item.scale
     known |= {adapter: adapter for adapter in chosen}
     # of a recipe's tags and version ids nothing but the scale tells which belong together
-    tags, untagged, unknown = split_lora_tags(prompt)[1], dict(chosen) if of_recipe else {}, []
-    for name, scale in tags:
+    untagged, unmatched, unknown = dict(chosen) if of_recipe else {}, [], []
+    for name, scale in split_lora_tags(prompt)[1]:
         if adapter := known.get(sanitize_name(name)):
             chosen[adapter] = number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(f"the scale of <lora:{name[:40]}>", scale)
             untagged.pop(adapter, None)
+        else:
+            unmatched.append((name, scale))
     scales = [*untagged.values()]
-    for name, scale in [tag for tag in tags if sanitize_name(tag[0]) not in known]:
+    for name, scale in unmatched:
         if scale in scales:
             scales.remove(scale)
         else:
