@@ -499,7 +499,7 @@ def gpu_is_lost() -> bool:
 
 USER_AGENT = "sdxl-worker/1.0"  # Civitai leads what looks like a browser to a login page, and tells others 401
 SEGMENT, BLOCK = MIB, MIB // 4  # bytes that a mark stands for; bytes a read
-FEW, MANY = 8, 24  # connections of all files: at first; where they are slow
+CONNECTIONS = 24  # of all files together; Civitai's CDN caps each far below what a data centre's line carries
 STALL_S, LISTING_S = 30.0, 5.0  # STALL_S is also what a block may take
 TRIES, FEW_TRIES, ONE_TRY = 8, 3, 1  # in a row, without progress
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
@@ -590,12 +590,12 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.connections, self.readers = Places(FEW), Places(FIRST_READERS)
+        self.connections, self.readers = Places(CONNECTIONS), Places(FIRST_READERS)
         self.session = requests.Session()
         self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         self.session.auth = lambda request: request  # else a .netrc would replace the key
         for scheme in ("https://", "http://"):
-            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MANY))
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
         self.user, self.making_room = f"{machine()}-{os.getpid()}-jobs", threading.Lock()
         folders = [(settings.checkpoint, settings.checkpoint_dir)]
         folders += [(config, settings.lora_dir) for config in settings.loras]
@@ -1157,7 +1157,7 @@ class Part:
         """Segments for one request; the fewer the less is left, so that all connections end at about the same time."""
         self.check_ours()
         with self.lock:
-            longest = min(max(len(self.todo) // (2 * MANY), 1), 32)
+            longest = min(max(len(self.todo) // (2 * CONNECTIONS), 1), 32)
             run: deque[int] = deque()
             while self.todo and len(run) < longest and (not run or self.todo[0] == run[-1] + 1):
                 run.append(self.todo.popleft())
@@ -1425,7 +1425,7 @@ class Download:
 
     def fetch_ranges(self, part: Part) -> None:
         """The missing segments over many connections, up to the first error that no new link cures."""
-        connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), MANY))]
+        connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), CONNECTIONS))]
         for ended in wait(connections, return_when=FIRST_EXCEPTION).done:
             ended.result()
 
@@ -1435,7 +1435,7 @@ class Download:
             try:
                 with self.store.connections:
                     source, began = self.source, time.monotonic()
-                    self.fetch_run(part, run, source, began)
+                    self.fetch_run(part, run, source)
             except Fault as fault:
                 with part.lock:
                     part.todo.extendleft(reversed(run))
@@ -1443,7 +1443,7 @@ class Download:
                     self.store.connections.halve(began)
                 self.renew(part, source, fault)
 
-    def fetch_run(self, part: Part, run: deque[int], source: Source, began: float) -> None:
+    def fetch_run(self, part: Part, run: deque[int], source: Source) -> None:
         """One request for a run of segments, from where an earlier one was cut off; those that come leave the run."""
         start = part.begun.get(run[0], run[0] * SEGMENT)
         with self.store.get(source.link, f"{start}-{part.end(run[-1]) - 1}") as response:
@@ -1458,10 +1458,7 @@ class Download:
                 if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
                 run.popleft()
-                # Civitai's CDN caps each connection far below what a line carries, and then all are needed; where they
-                # are fast, those beyond a few cost CPU alone
-                seconds = time.monotonic() - began
-                self.store.connections.grow(MANY if seconds > 0.2 and (at - start) / seconds < 16 * MB else FEW)
+                self.store.connections.grow(CONNECTIONS)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
@@ -2847,52 +2844,36 @@ def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
     """The group, from 0 to most - 1, of each of N states: (N, N), (N,), (N,) -> (N,). What is given is overwritten.
 
     Rounds: pairs that are each other's most alike are merged into the mean of all that they stand for, the most alike
-    quarter of them, then anew: all at once would merge unlike ones early. A mean's likeness follows from its parts',
-    and only rows whose nearest was merged look for another. It is done in host memory: hundreds of rounds of small
-    steps, each of which a GPU would be asked for and waited for.
+    quarter of them, then anew: all at once would merge unlike ones early. A mean's likeness follows from its parts'. It
+    is done in host memory: hundreds of rounds of small steps, each of which a GPU would be asked for and waited for.
     """
     count, group = len(sizes), np.arange(len(sizes))
     np.fill_diagonal(likeness, NO_LIKENESS)
-    nearest, best = likeness.argmax(axis=1), likeness.max(axis=1)
     while count > most:
         # 1. the most alike quarter of the pairs that are each other's nearest
-        own = np.arange(len(sizes))
+        own, nearest = np.arange(len(sizes)), likeness.argmax(axis=1)
         first = np.flatnonzero((nearest[nearest] == own) & (own < nearest))
-        ranked = np.argsort(-best[first], kind="stable")
-        first = np.sort(first[ranked[: min(max(len(first) // 4, 1), count - most)]])
-        second, count = nearest[first], count - len(first)
+        alike = likeness[first, nearest[first]]
+        chosen = np.sort(np.argsort(-alike, kind="stable")[: min(max(len(first) // 4, 1), count - most)])
+        first, second, alike = first[chosen], nearest[first[chosen]], alike[chosen]
         # 2. the second joins the first
         total = sizes[first] + sizes[second]
         a, b = norms[first] * sizes[first] / total, norms[second] * sizes[second] / total  # parts of the mean's length
-        norms[first] = np.sqrt((a * a + b * b + 2 * a * b * best[first]).clip(1e-30))
+        norms[first] = np.sqrt((a * a + b * b + 2 * a * b * alike).clip(1e-30))
         a, b = (a / norms[first])[:, None], (b / norms[first])[:, None]
         merged = likeness[first] * a + likeness[second] * b
         mutual = merged[:, first] * a.T + merged[:, second] * b.T
         merged[:, first], merged[:, second] = (mutual + mutual.T) / 2, NO_LIKENESS
         merged[np.arange(len(first)), first] = NO_LIKENESS
-        likeness[first], likeness[:, first], likeness[:, second] = merged, merged.T, NO_LIKENESS
-        sizes[first], sizes[second] = total, 0
-        own[second] = first
-        group = own[group]
-        # 3. a new mean is nearer than all others, or it is not; rows whose nearest was merged look at all
-        lost = np.isin(nearest, [first, second])
-        best[first] = best[second] = math.inf
-        likest = merged.max(axis=0)
-        nearer = np.flatnonzero(likest >= best)
-        which = first[merged[:, nearer].argmax(axis=0)]
-        closer = (likest[nearer] > best[nearer]) | (which < nearest[nearer])  # of equal ones the first
-        nearer, which = nearer[closer], which[closer]
-        nearest[nearer], best[nearer], nearest[second] = which, likest[nearer], second
-        lost[nearer] = lost[second] = False
-        rows = likeness[lost]
-        nearest[lost], best[lost] = rows.argmax(axis=1), rows.max(axis=1)
-        # 4. rows that joined others are taken out now and then
+        likeness[first], likeness[:, first] = merged, merged.T
+        likeness[second], likeness[:, second] = NO_LIKENESS, NO_LIKENESS
+        sizes[first], sizes[second], own[second] = total, 0, first
+        group, count = own[group], count - len(first)
+        # 3. rows that joined others are taken out now and then
         if count < 0.8 * len(sizes) or count <= most:
             left = np.flatnonzero(sizes)
-            place = np.zeros_like(own)
-            place[left] = np.arange(count)
-            group, nearest = place[group], place[nearest[left]]
-            sizes, norms, best, likeness = sizes[left], norms[left], best[left], likeness[np.ix_(left, left)]
+            group, sizes, norms = np.searchsorted(left, group), sizes[left], norms[left]
+            likeness = likeness[np.ix_(left, left)]
     return group
 
 

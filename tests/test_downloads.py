@@ -92,16 +92,16 @@ def test_many_connections(server, model, tmp_path):
 
 
 def test_connections_side_by_side(server, model, tmp_path):
-    """Connections that are capped add up: more than the eight that every download begins with."""
+    """Connections that are capped add up."""
     server.rate = 150_000
     fetch(tmp_path)
-    assert seams.constant("FEW") < server.peak <= seams.constant("MANY")
+    assert 8 < server.peak <= seams.constant("CONNECTIONS")
 
 
 def test_connections_are_kept(server, tmp_path):
     """Requests share their connections: no more are opened than may be used at once, and Civitai's own."""
     fetch(tmp_path)
-    assert server.connections <= seams.constant("MANY") + 2
+    assert server.connections <= seams.constant("CONNECTIONS") + 2
 
 
 def test_key_goes_to_civitai_alone(server, tmp_path, monkeypatch):
