@@ -875,11 +875,11 @@ def write_record(path: Path, stat: os.stat_result, sha256: str | None, name: str
     write_whole(path, "json", json.dumps(record))
 
 
-def recorded_sha256(path: Path) -> str | None:
-    """The hash (lower case) that a file had when it was fetched or checked; None where it was touched since, was put
-    there by hand, or has gone."""
+def recorded_hash(path: Path, digits: int = 10) -> str:
+    """The first digits, in lower case, of the SHA256 that a file had when it was fetched or checked; "" where it was
+    touched since, put there by hand, or has gone. A1111 shows 10 of a checkpoint's and 12 of an embedding's."""
     sha256, _, untouched = read_record(path)
-    return sha256 if untouched else None
+    return sha256[:digits] if sha256 and untouched else ""
 
 
 def listed_name(path: Path) -> str:
@@ -1344,7 +1344,12 @@ class Download:
             self.part = part
             hashing = in_background(part.sha256)
             # 3. the bytes
-            self.fetch_whole(part) if source.whole else self.fetch_ranges(part)
+            if source.whole:
+                self.fetch_whole(part)
+            else:  # over many connections, up to the first error that no new link cures
+                connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), CONNECTIONS))]
+                for ended in wait(connections, return_when=FIRST_EXCEPTION).done:
+                    ended.result()
             # 4. checks, and its name
             part.check_ours()
             if problem := content_problem(part.data, self.path.name):
@@ -1422,12 +1427,6 @@ class Download:
             part.write(segment - 1, at, b"")  # marks it
         if at < part.size:
             raise Fault("the server ended the file early")
-
-    def fetch_ranges(self, part: Part) -> None:
-        """The missing segments over many connections, up to the first error that no new link cures."""
-        connections = [in_background(self.fetch_runs, part) for _ in range(min(len(part.todo), CONNECTIONS))]
-        for ended in wait(connections, return_when=FIRST_EXCEPTION).done:
-            ended.result()
 
     def fetch_runs(self, part: Part) -> None:
         """Fetches runs of segments as long as there are any; after a fault by a new link."""
@@ -2360,7 +2359,6 @@ WINDOW = 77  # positions of CLIP's text encoders: BOS, tokens, EOS, padding
 CHUNK_TOKENS = WINDOW - 2
 CLAUSE_TOKENS = 20  # how far back a cut looks for a comma, as in A1111
 MANY_STATES, RUN_STATES = 4_000, 500  # of a prompt with more, those that are compared with each other
-BLOCK_STATES = 256  # how many are compared with all others at once
 NO_LIKENESS = -2.0  # less than any cosine
 CHUNKS_AT_ONCE = 64  # through a text encoder, which keeps the states of all its layers: 1.6 GB of a hundred chunks
 SEEN_PROMPTS = 2 * 32  # prompts and negative prompts of the last 32 jobs
@@ -2830,14 +2828,9 @@ def compare(states: Any) -> tuple[Any, Any]:
     infinities) is like no other."""
     norms = states.norm(dim=1, keepdim=True)
     directions = torch.where(norms.isfinite(), states / norms.clamp_min(1e-30), 0.0)
-    likeness = np.empty((len(states), len(states)), dtype=str(states.dtype).removeprefix("torch."))
-    for start in range(0, len(states), BLOCK_STATES):  # half of a symmetric product, and symmetric to the last bit
-        block = slice(start, start + BLOCK_STATES)
-        rows = directions[block] @ directions[start:].T
-        rows[:, :BLOCK_STATES] = (rows[:, :BLOCK_STATES] + rows[:, :BLOCK_STATES].T) / 2
-        likeness[block, start:] = rows = rows.cpu().numpy()
-        likeness[start:, block] = rows.T
-    return likeness, norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15).cpu().numpy()
+    likeness = directions @ directions.T
+    likeness = (likeness + likeness.T) / 2  # to the last bit, or pairs might wait for each other for ever
+    return likeness.cpu().numpy(), norms.flatten().nan_to_num(1.0).clamp(1e-30, 1e15).cpu().numpy()
 
 
 def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
@@ -4226,12 +4219,6 @@ def addnet_hash(file: Path) -> str:
     except OSError as error:
         log.warning("no hash of %s: %s", file.name, error)
         return ""
-
-
-def recorded_hash(file: Path, digits: int = 10) -> str:
-    """The first digits of a file's SHA256, as A1111 shows 10 of a checkpoint's and 12 of an embedding's; "" where the
-    store has none on record."""
-    return (recorded_sha256(file) or "")[:digits]
 
 
 # files

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import seams
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -60,21 +62,31 @@ def test_test_input(run, tmp_path):
 
 
 def test_failures_exit_with_1_and_a_sentence(run, tmp_path):
-    """A refused job, an unreadable file and unusable models each end with exit code 1 and a sentence."""
+    """A refused job and unusable models each end with exit code 1 and a sentence."""
     refused = run("--test_input", '{"input": {"prompt": "a", "width": 1023}}')
     assert refused.returncode == 1 and "width must be a multiple of 8, got 1023" in refused.stdout
-    (tmp_path / "bad.json").write_text('{"input": ')
-    for arguments, sentence in [
+    unusable = run("--test_input", json.dumps({"input": SMALL}), VAE_MODEL=str(tmp_path))
+    assert unusable.returncode == 1 and "check VAE_MODEL" in unusable.stdout
+    assert str(tmp_path) not in unusable.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         (("bad.json",), "bad.json is not valid JSON"),
         (("absent.json",), "absent.json cannot be read"),
         (("--test_input", "[]"), '--test_input must hold {"input"'),
         (("a.json", "b.json"), "usage: python handler.py"),
-    ]:
-        done = run(*arguments)
-        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
-    unusable = run("--test_input", json.dumps({"input": SMALL}), VAE_MODEL=str(tmp_path))
-    assert unusable.returncode == 1 and "check VAE_MODEL" in unusable.stdout
-    assert str(tmp_path) not in unusable.stdout
+    ],
+)
+def test_what_is_no_job(tmp_path, monkeypatch, arguments, sentence):
+    """Ends with a sentence, which makes the exit code 1, and no traceback. Run in this process, which has the SDK."""
+    (tmp_path / "bad.json").write_text('{"input": ')
+    monkeypatch.setattr(sys, "argv", ["handler.py", *arguments])
+    monkeypatch.setenv("RUNPOD_LOG_LEVEL", "INFO")
+    monkeypatch.setattr(seams.log, "handlers", [])
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        runpy.run_path(str(ROOT / "handler.py"), run_name="__main__")
 
 
 def test_local_http_server(world, civitai, tmp_path):

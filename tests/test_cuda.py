@@ -47,14 +47,14 @@ def lora_folder(tmp_path_factory) -> Any:
 
 
 @contextlib.contextmanager
-def started(world: World, folder: Path, total_gib: float, loras: str) -> Iterator[FakeCuda]:
+def started(world: World, folder: Path, total_gib: float, loras: str, check: bool = False) -> Iterator[FakeCuda]:
     """A card of this size, on which a worker has started."""
     fakecuda.load_guard()
     before = seams.serve(None)
     with pytest.MonkeyPatch.context() as patch, fakecuda.pretended(total_gib) as device:
         for name, value in (world.environ() | {"LORA_DIR": str(folder), "LORAS": loras}).items():
             patch.setenv(name, value)
-        seams.start_from(patch, lambda: fakecuda.full_size_pipeline(world.config))
+        seams.start_from(patch, lambda: fakecuda.full_size_pipeline(world.config), check)
         try:
             seams.engine()
             yield device
@@ -126,7 +126,7 @@ def test_a_card_of_12_gib(world, lora_folder):
 @pytest.fixture(scope="module")
 def gpu(world, lora_folder) -> Iterator[FakeCuda]:
     """A card of 24 GiB with two LoRAs in its weights."""
-    with started(world, lora_folder, 24, TWO) as device:
+    with started(world, lora_folder, 24, TWO, check=True) as device:
         yield device
 
 
