@@ -506,7 +506,7 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
 PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 REPORT_S, HEADER_BYTES = 5.0, 32
-FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+FIRST_READERS, SPARE_READERS, READ_BYTES, SLOW_READ_S = 2, 6, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
 REFUSALS |= {404: "check the version id", 410: "its creator or Civitai removed it", 451: "not served in this region"}
@@ -590,7 +590,8 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.connections, self.readers = Places(CONNECTIONS), Places(FIRST_READERS)
+        self.connections = threading.Semaphore(CONNECTIONS)
+        self.readers, self.spare_readers = threading.Semaphore(FIRST_READERS), threading.Semaphore(SPARE_READERS)
         self.session = requests.Session()
         self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         self.session.auth = lambda request: request  # else a .netrc would replace the key
@@ -750,35 +751,6 @@ class Store:
         return f": {said[:200]}" if said else ""
 
 
-class Places:
-    """A semaphore whose size grows and is halved: so many may be at work at once, and `with` waits for a place."""
-
-    def __init__(self, most: int) -> None:
-        self.changed, self.busy, self.most, self.halved = threading.Condition(), 0, most, -math.inf
-
-    def __enter__(self) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.busy < self.most)
-            self.busy += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.busy -= 1
-            self.changed.notify()
-
-    def grow(self, limit: int) -> None:
-        """One place more, up to the limit."""
-        with self.changed:
-            self.most = max(self.most, min(self.most + 1, limit))
-            self.changed.notify()
-
-    def halve(self, began: float) -> None:
-        """Half as many, after the fault of something that began since the last time."""
-        with self.changed:
-            if began > self.halved:
-                self.most, self.halved = max(min(self.busy, self.most) // 2, 1), time.monotonic()
-
-
 @contextmanager
 def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
@@ -804,7 +776,7 @@ def progress(downloads: list[Download]) -> Iterator[None]:
         ended.set()
 
 
-def read_ahead(path: Path, readers: Places) -> None:
+def read_ahead(path: Path, store: Store) -> None:
     """Brings a file into the page cache by large reads, which nobody waits for: two at a time, up to eight where every
     read waits for a server. Two fill a local disk, where more would keep the imports from it.
 
@@ -813,26 +785,19 @@ def read_ahead(path: Path, readers: Places) -> None:
     """
     offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
-    def read(offset: int) -> None:
-        with path.open("rb", buffering=0) as file:
-            with suppress(OSError):  # not there, or the file system cannot tell
-                for at in range(offset, offset + READ_BYTES, MIB):
-                    os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-                return
-            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
-
     def read_all() -> None:
         for offset in offsets:
-            with readers:
+            with store.readers:
                 started = time.monotonic()
                 try:
-                    read(offset)
+                    with path.open("rb", buffering=0) as file:
+                        os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
                 except OSError as error:
                     log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
-                if time.monotonic() - started > SLOW_READ_S:
-                    readers.grow(READERS)
+                if time.monotonic() - started > SLOW_READ_S and store.spare_readers.acquire(blocking=False):
+                    store.readers.release()  # one more at a time from now on
 
-    for _ in range(READERS):
+    for _ in range(FIRST_READERS + SPARE_READERS):
         in_background(read_all)
 
 
@@ -1275,7 +1240,7 @@ class Download:
             while not self.fetched and self.problem():
                 self.take_turn()
             if not self.fetched:  # what was fetched is in the page cache
-                read_ahead(self.path, self.store.readers)
+                read_ahead(self.path, self.store)
         return self.path
 
     def take_turn(self) -> None:
@@ -1433,13 +1398,11 @@ class Download:
         while not part.ended.is_set() and (run := part.take()):
             try:
                 with self.store.connections:
-                    source, began = self.source, time.monotonic()
+                    source = self.source
                     self.fetch_run(part, run, source)
             except Fault as fault:
                 with part.lock:
                     part.todo.extendleft(reversed(run))
-                if source is self.source:
-                    self.store.connections.halve(began)
                 self.renew(part, source, fault)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source) -> None:
@@ -1457,7 +1420,6 @@ class Download:
                 if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
                 run.popleft()
-                self.store.connections.grow(CONNECTIONS)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
