@@ -186,13 +186,9 @@ def sanitize_name(name: str) -> str:
 def adapter_names(configs: list[dict[str, Any]]) -> list[str]:
     """One adapter name per config, none of them twice: "A", "a!", "a 2" -> "a", "a_2", "a_2_2"."""
     names: list[str] = []
-    for config in configs:
-        name, n = sanitize_name(config["name"]), 1
-        unique = name
-        while unique in names:
-            n += 1
-            unique = f"{name}_{n}"
-        names.append(unique)
+    for name in (sanitize_name(config["name"]) for config in configs):
+        numbered = chain([name], (f"{name}_{n}" for n in count(2)))
+        names.append(next(one for one in numbered if one not in names))
     return names
 
 
@@ -1539,9 +1535,10 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            resident_bytes = weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
+            models = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+            resident_bytes = sum(m.get_memory_footprint() for m in models) + VAE_BYTES * 1024**2 + SPARE_BYTES
             if device == "cuda" and torch.cuda.mem_get_info()[0] < resident_bytes:
-                for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+                for model in models:
                     keep_host_weights(model)
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
@@ -1805,16 +1802,10 @@ def choose_tiling(pipe: Any, area: int) -> None:
     pipe.vae.enable_tiling(not whole)
 
 
-def weight_bytes(model: Any) -> int:
-    """What the weights of a model or of a whole pipeline take."""
-    models = [model] if isinstance(model, torch.nn.Module) else model.components.values()
-    return sum(w.nbytes for one in models if isinstance(one, torch.nn.Module) for w in one.parameters())
-
-
 def free_gpu_bytes(model: Any) -> int:
     """What a job's tensors can take while this model works; offloading brings its weights to the GPU first."""
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return free if model.device.type == "cuda" else free - weight_bytes(model)
+    return free if model.device.type == "cuda" else free - model.get_memory_footprint()
 
 
 def check_memory(pipe: Any, request: JobRequest) -> None:
