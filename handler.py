@@ -1571,13 +1571,12 @@ def choose_device(settings: Settings) -> str:
         )
     try:
         ones = torch.ones(64, 64, dtype=torch.float16, device="cuda")
-        works = (ones @ ones).eq(64).all().item()
+        if (ones @ ones).eq(64).all():
+            return "cuda"
         cause: object = "wrong result"
     except RuntimeError as error:
-        works, cause = False, error
-    if not works:
-        raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
-    return "cuda"
+        cause = error
+    raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
 
 
 def import_libraries() -> None:
@@ -1925,11 +1924,6 @@ class Share:
     magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is the product of two matrices, whatever the weight."""
-        return self.kind is low_rank and self.magnitude is None
-
-    @property
     def size_bytes(self) -> int:
         """What its numbers take."""
         return sum(part.nbytes for part in self.parts.values())
@@ -1948,9 +1942,8 @@ class Share:
             return change
         turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
         norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
-        return (
-            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
-        )
+        stretch = self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)
+        return turned * stretch - original
 
 
 @dataclass(frozen=True)
@@ -1960,11 +1953,7 @@ class Lora:
     shares: dict[str, Share]  # "unet.mid_block.attentions.0.proj_in.weight" -> its share
     embeddings: dict[str, Embedding]  # which it brings along, by name
     warnings: list[str]
-
-    @functools.cached_property
-    def size_bytes(self) -> int:
-        """What its numbers take."""
-        return sum(share.size_bytes for share in self.shares.values())
+    size_bytes: int  # of the file, which is about what its numbers take
 
 
 @functools.lru_cache
@@ -2044,7 +2033,7 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
             embeddings[name] = read_embedding(name, parts, pipe)
         except BadModel as reason:
             warnings.append(f"its embedding {name[:80]!r} is left out: {reason}")
-    return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings)
+    return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings, len(content))
 
 
 def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
@@ -2106,8 +2095,7 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     if others:
         raise BadModel(f"its layer {name} is of several kinds at once")
     if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
-        down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
-        parts["down"] = down
+        parts["down"] = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
     made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
     fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
     if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
@@ -2164,10 +2152,8 @@ class Target:
         tensor = getattr(self.module, self.name).detach()
         if on_gpu:
             self.original = tensor.clone()
-        elif tensor.device != self.original.device:
-            pass  # the tensor went to the GPU; the original is still a page of the checkpoint file
         elif tensor.device.type == "cuda":
-            self.original = tensor.cpu()
+            self.original = self.original.cpu()  # no copy where it still is a page of the checkpoint file
         else:
             half = tensor.half()
             if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
@@ -2181,25 +2167,23 @@ def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     """Makes a tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
     torch.compile and hooks hold on to the tensor."""
     tensor = getattr(target.module, target.name)
-    used = {name: share for name, share in target.shares.items() if name in scales}
-    if not used:
+    shares = {name: share.to(device) for name, share in target.shares.items() if name in scales}
+    if not shares:
         tensor.copy_(target.original)
         return
-    original = target.original.to(device).float()
-    plain = {name: share for name, share in used.items() if share.is_plain}
-    merged = original
+    merged = original = target.original.to(device).float()
+    plain = {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
     if plain:  # their factors are joined to one product, whatever the number of LoRAs
-        parts = [share.to(device).parts for share in plain.values()]
-        ups = torch.cat([part["up"].flatten(1) for part in parts], dim=1).float()
-        downs = torch.cat([part["down"].flatten(1) for part in parts]).float()
+        ups = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], dim=1).float()
+        downs = torch.cat([share.parts["down"].flatten(1) for share in plain.values()]).float()
         factors = [
             scales[name] * share.scaling for name, share in plain.items() for _ in range(len(share.parts["down"]))
         ]
         ups *= torch.tensor(factors).to(device, non_blocking=True)
         merged = torch.addmm(original.reshape(len(original), -1), ups, downs).view_as(original)
-    for name, share in used.items():
+    for name, share in shares.items():
         if name not in plain:
-            merged = merged + scales[name] * share.to(device).change(original)
+            merged = merged + scales[name] * share.change(original)
     tensor.copy_(merged.to(tensor.dtype))  # to() first: it would convert on the CPU, and move twice the bytes
 
 
@@ -2239,7 +2223,7 @@ class LoraStack:
         turn."""
         if adapter in self.loras:
             return
-        self.loras[adapter] = replace(lora, shares={}) if adapter in self.configured else lora
+        self.loras[adapter] = replace(lora, shares={}, size_bytes=0) if adapter in self.configured else lora
         for warning in lora.warnings:
             log.warning("LoRA %s: %s", adapter, warning)
         for name, share in lora.shares.items():
