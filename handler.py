@@ -532,8 +532,7 @@ def fetch_models(settings: Settings) -> ModelFiles:
     checkpoint, *others = [in_background(download.ensure) for download in store.downloads]
     files = ModelFiles(store.downloads[0].path, {}, {}, {}, {})
     named = [("LoRA", name, files.loras, files.failed) for name in settings.stack]
-    for config in settings.embeddings:
-        named.append(("embedding", config["name"], files.embeddings, files.embeddings_failed))
+    named += [("embedding", one["name"], files.embeddings, files.embeddings_failed) for one in settings.embeddings]
     with progress(store.downloads):
         checkpoint.result()  # without it nothing else matters
         for (kind, name, there, failed), future in zip(named, others, strict=True):
