@@ -186,13 +186,9 @@ def sanitize_name(name: str) -> str:
 def adapter_names(configs: list[dict[str, Any]]) -> list[str]:
     """One adapter name per config, none of them twice: "A", "a!", "a 2" -> "a", "a_2", "a_2_2"."""
     names: list[str] = []
-    for config in configs:
-        name, n = sanitize_name(config["name"]), 1
-        unique = name
-        while unique in names:
-            n += 1
-            unique = f"{name}_{n}"
-        names.append(unique)
+    for name in (sanitize_name(config["name"]) for config in configs):
+        numbered = chain([name], (f"{name}_{n}" for n in count(2)))
+        names.append(next(one for one in numbered if one not in names))
     return names
 
 
@@ -506,7 +502,7 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 30.0
 PATIENCE_S, JOB_PATIENCE_S = 300.0, 60.0  # RunPod gives a start 7 minutes; a client of /runsync waits 90 s for its job
 LOCK_BEAT_S, LOCK_POLL_S, LOCK_DEAD_S = 5.0, 1.0, 40.0  # changed and looked at so often; unchanged for so long is dead
 REPORT_S, HEADER_BYTES = 5.0, 32
-FIRST_READERS, READERS, READ_BYTES, SLOW_READ_S = 2, 8, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
+FIRST_READERS, SPARE_READERS, READ_BYTES, SLOW_READ_S = 2, 6, 32 * MIB, 0.25  # 32 MiB in 0.25 s are 134 MB/s
 WRONG_HASH = "has another SHA256 than the published file"
 REFUSALS = dict.fromkeys((401, 403), "set CIVITAI_API_KEY to a valid key; an early-access model must be bought first")
 REFUSALS |= {404: "check the version id", 410: "its creator or Civitai removed it", 451: "not served in this region"}
@@ -536,8 +532,7 @@ def fetch_models(settings: Settings) -> ModelFiles:
     checkpoint, *others = [in_background(download.ensure) for download in store.downloads]
     files = ModelFiles(store.downloads[0].path, {}, {}, {}, {})
     named = [("LoRA", name, files.loras, files.failed) for name in settings.stack]
-    for config in settings.embeddings:
-        named.append(("embedding", config["name"], files.embeddings, files.embeddings_failed))
+    named += [("embedding", one["name"], files.embeddings, files.embeddings_failed) for one in settings.embeddings]
     with progress(store.downloads):
         checkpoint.result()  # without it nothing else matters
         for (kind, name, there, failed), future in zip(named, others, strict=True):
@@ -590,7 +585,8 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base_url, self.key = settings, settings.civitai_base_url, settings.civitai_api_key
-        self.connections, self.readers = Places(CONNECTIONS), Places(FIRST_READERS)
+        self.connections = threading.Semaphore(CONNECTIONS)
+        self.readers, self.spare_readers = threading.Semaphore(FIRST_READERS), threading.Semaphore(SPARE_READERS)
         self.session = requests.Session()
         self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         self.session.auth = lambda request: request  # else a .netrc would replace the key
@@ -750,35 +746,6 @@ class Store:
         return f": {said[:200]}" if said else ""
 
 
-class Places:
-    """A semaphore whose size grows and is halved: so many may be at work at once, and `with` waits for a place."""
-
-    def __init__(self, most: int) -> None:
-        self.changed, self.busy, self.most, self.halved = threading.Condition(), 0, most, -math.inf
-
-    def __enter__(self) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.busy < self.most)
-            self.busy += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.busy -= 1
-            self.changed.notify()
-
-    def grow(self, limit: int) -> None:
-        """One place more, up to the limit."""
-        with self.changed:
-            self.most = max(self.most, min(self.most + 1, limit))
-            self.changed.notify()
-
-    def halve(self, began: float) -> None:
-        """Half as many, after the fault of something that began since the last time."""
-        with self.changed:
-            if began > self.halved:
-                self.most, self.halved = max(min(self.busy, self.most) // 2, 1), time.monotonic()
-
-
 @contextmanager
 def progress(downloads: list[Download]) -> Iterator[None]:
     """Shows how far downloads are together, once one has begun: a bar on a terminal, a line every REPORT_S in a log."""
@@ -804,7 +771,7 @@ def progress(downloads: list[Download]) -> Iterator[None]:
         ended.set()
 
 
-def read_ahead(path: Path, readers: Places) -> None:
+def read_ahead(path: Path, store: Store) -> None:
     """Brings a file into the page cache by large reads, which nobody waits for: two at a time, up to eight where every
     read waits for a server. Two fill a local disk, where more would keep the imports from it.
 
@@ -813,26 +780,19 @@ def read_ahead(path: Path, readers: Places) -> None:
     """
     offsets = iter(range(0, path.stat().st_size, READ_BYTES))  # which the threads share
 
-    def read(offset: int) -> None:
-        with path.open("rb", buffering=0) as file:
-            with suppress(OSError):  # not there, or the file system cannot tell
-                for at in range(offset, offset + READ_BYTES, MIB):
-                    os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-                return
-            os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
-
     def read_all() -> None:
         for offset in offsets:
-            with readers:
+            with store.readers:
                 started = time.monotonic()
                 try:
-                    read(offset)
+                    with path.open("rb", buffering=0) as file:
+                        os.preadv(file.fileno(), [bytearray(MIB)] * (READ_BYTES // MIB), offset)  # all the same memory
                 except OSError as error:
                     log.warning("%s cannot be read ahead at byte %d: %s", path.name, offset, error.strerror)
-                if time.monotonic() - started > SLOW_READ_S:
-                    readers.grow(READERS)
+                if time.monotonic() - started > SLOW_READ_S and store.spare_readers.acquire(blocking=False):
+                    store.readers.release()  # one more at a time from now on
 
-    for _ in range(READERS):
+    for _ in range(FIRST_READERS + SPARE_READERS):
         in_background(read_all)
 
 
@@ -1275,7 +1235,7 @@ class Download:
             while not self.fetched and self.problem():
                 self.take_turn()
             if not self.fetched:  # what was fetched is in the page cache
-                read_ahead(self.path, self.store.readers)
+                read_ahead(self.path, self.store)
         return self.path
 
     def take_turn(self) -> None:
@@ -1433,13 +1393,11 @@ class Download:
         while not part.ended.is_set() and (run := part.take()):
             try:
                 with self.store.connections:
-                    source, began = self.source, time.monotonic()
+                    source = self.source
                     self.fetch_run(part, run, source)
             except Fault as fault:
                 with part.lock:
                     part.todo.extendleft(reversed(run))
-                if source is self.source:
-                    self.store.connections.halve(began)
                 self.renew(part, source, fault)
 
     def fetch_run(self, part: Part, run: deque[int], source: Source) -> None:
@@ -1457,7 +1415,6 @@ class Download:
                 if at < part.end(run[0]):
                     raise Fault("the server ended a range early")
                 run.popleft()
-                self.store.connections.grow(CONNECTIONS)
 
     def receive(self, response: Any, part: Part, segment: int) -> int:
         """Takes a segment's bytes from a body; where they end, short of the segment's end where the body ends."""
@@ -1577,9 +1534,10 @@ class Engine:
             stack = LoraStack(pipe, files.loras)
             stack.failed.update(files.failed)
         with phase("move to %s", device), as_setup_failure("the models could not be moved to the GPU"):
-            resident_bytes = weight_bytes(pipe) + VAE_BYTES * 1024**2 + SPARE_BYTES
+            models = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+            resident_bytes = sum(m.get_memory_footprint() for m in models) + VAE_BYTES * 1024**2 + SPARE_BYTES
             if device == "cuda" and torch.cuda.mem_get_info()[0] < resident_bytes:
-                for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+                for model in models:
                     keep_host_weights(model)
                 pipe.enable_model_cpu_offload()  # each model is on the GPU only while it works
             else:
@@ -1612,13 +1570,12 @@ def choose_device(settings: Settings) -> str:
         )
     try:
         ones = torch.ones(64, 64, dtype=torch.float16, device="cuda")
-        works = (ones @ ones).eq(64).all().item()
+        if (ones @ ones).eq(64).all():
+            return "cuda"
         cause: object = "wrong result"
     except RuntimeError as error:
-        works, cause = False, error
-    if not works:
-        raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
-    return "cuda"
+        cause = error
+    raise SetupFailed("the GPU does not work: choose one that CUDA 11.8 supports (up to Hopper)", detail=cause)
 
 
 def import_libraries() -> None:
@@ -1843,16 +1800,10 @@ def choose_tiling(pipe: Any, area: int) -> None:
     pipe.vae.enable_tiling(not whole)
 
 
-def weight_bytes(model: Any) -> int:
-    """What the weights of a model or of a whole pipeline take."""
-    models = [model] if isinstance(model, torch.nn.Module) else model.components.values()
-    return sum(w.nbytes for one in models if isinstance(one, torch.nn.Module) for w in one.parameters())
-
-
 def free_gpu_bytes(model: Any) -> int:
     """What a job's tensors can take while this model works; offloading brings its weights to the GPU first."""
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return free if model.device.type == "cuda" else free - weight_bytes(model)
+    return free if model.device.type == "cuda" else free - model.get_memory_footprint()
 
 
 def check_memory(pipe: Any, request: JobRequest) -> None:
@@ -1972,11 +1923,6 @@ class Share:
     magnitude: Any  # DoRA: the lengths of the new weight's rows, (rows,), or of its columns, (1, columns); else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is the product of two matrices, whatever the weight."""
-        return self.kind is low_rank and self.magnitude is None
-
-    @property
     def size_bytes(self) -> int:
         """What its numbers take."""
         return sum(part.nbytes for part in self.parts.values())
@@ -1995,9 +1941,8 @@ class Share:
             return change
         turned, kept = original + change, self.magnitude.ndim - 1  # kept: the dimension of rows or columns
         norm = torch.linalg.vector_norm(turned, dim=[d for d in range(turned.ndim) if d != kept], keepdim=True)
-        return (
-            turned * (self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)) - original
-        )
+        stretch = self.magnitude.float().view(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).eps)
+        return turned * stretch - original
 
 
 @dataclass(frozen=True)
@@ -2007,11 +1952,7 @@ class Lora:
     shares: dict[str, Share]  # "unet.mid_block.attentions.0.proj_in.weight" -> its share
     embeddings: dict[str, Embedding]  # which it brings along, by name
     warnings: list[str]
-
-    @functools.cached_property
-    def size_bytes(self) -> int:
-        """What its numbers take."""
-        return sum(share.size_bytes for share in self.shares.values())
+    size_bytes: int  # of the file, which is about what its numbers take
 
 
 @functools.lru_cache
@@ -2091,7 +2032,7 @@ def read_lora(file: Path, spellings: Mapping[str, str], pipe: Any) -> Lora:
             embeddings[name] = read_embedding(name, parts, pipe)
         except BadModel as reason:
             warnings.append(f"its embedding {name[:80]!r} is left out: {reason}")
-    return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings)
+    return Lora({name: share for name, share in shares.items() if share}, embeddings, warnings, len(content))
 
 
 def refuse(tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
@@ -2153,8 +2094,7 @@ def read_share(name: str, parts: Mapping[str, Any], shape: Any, configs: Mapping
     if others:
         raise BadModel(f"its layer {name} is of several kinds at once")
     if "mid" in parts:  # Tucker: mid (m, n, kernel, kernel) and down (n, columns) make up one down
-        down = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
-        parts["down"] = down
+        parts["down"] = torch.einsum("mnkl,nj->mjkl", parts.pop("mid").float(), parts["down"].float().flatten(1))
     made = change_shape(kind, tuple((part, tensor.shape) for part, tensor in parts.items()))
     fits = made[:1] == shape[:1] and math.prod(made) == math.prod(shape)
     if not fits or (magnitude is not None and magnitude.numel() != shape[magnitude.ndim - 1]):
@@ -2211,10 +2151,8 @@ class Target:
         tensor = getattr(self.module, self.name).detach()
         if on_gpu:
             self.original = tensor.clone()
-        elif tensor.device != self.original.device:
-            pass  # the tensor went to the GPU; the original is still a page of the checkpoint file
         elif tensor.device.type == "cuda":
-            self.original = tensor.cpu()
+            self.original = self.original.cpu()  # no copy where it still is a page of the checkpoint file
         else:
             half = tensor.half()
             if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
@@ -2228,25 +2166,23 @@ def merge(target: Target, scales: Mapping[str, float], device: Any) -> None:
     """Makes a tensor its original + what the LoRAs add, summed in float32 and rounded once. In place, since
     torch.compile and hooks hold on to the tensor."""
     tensor = getattr(target.module, target.name)
-    used = {name: share for name, share in target.shares.items() if name in scales}
-    if not used:
+    shares = {name: share.to(device) for name, share in target.shares.items() if name in scales}
+    if not shares:
         tensor.copy_(target.original)
         return
-    original = target.original.to(device).float()
-    plain = {name: share for name, share in used.items() if share.is_plain}
-    merged = original
+    merged = original = target.original.to(device).float()
+    plain = {name: share for name, share in shares.items() if share.kind is low_rank and share.magnitude is None}
     if plain:  # their factors are joined to one product, whatever the number of LoRAs
-        parts = [share.to(device).parts for share in plain.values()]
-        ups = torch.cat([part["up"].flatten(1) for part in parts], dim=1).float()
-        downs = torch.cat([part["down"].flatten(1) for part in parts]).float()
+        ups = torch.cat([share.parts["up"].flatten(1) for share in plain.values()], dim=1).float()
+        downs = torch.cat([share.parts["down"].flatten(1) for share in plain.values()]).float()
         factors = [
             scales[name] * share.scaling for name, share in plain.items() for _ in range(len(share.parts["down"]))
         ]
         ups *= torch.tensor(factors).to(device, non_blocking=True)
         merged = torch.addmm(original.reshape(len(original), -1), ups, downs).view_as(original)
-    for name, share in used.items():
+    for name, share in shares.items():
         if name not in plain:
-            merged = merged + scales[name] * share.to(device).change(original)
+            merged = merged + scales[name] * share.change(original)
     tensor.copy_(merged.to(tensor.dtype))  # to() first: it would convert on the CPU, and move twice the bytes
 
 
@@ -2286,7 +2222,7 @@ class LoraStack:
         turn."""
         if adapter in self.loras:
             return
-        self.loras[adapter] = replace(lora, shares={}) if adapter in self.configured else lora
+        self.loras[adapter] = replace(lora, shares={}, size_bytes=0) if adapter in self.configured else lora
         for warning in lora.warnings:
             log.warning("LoRA %s: %s", adapter, warning)
         for name, share in lora.shares.items():

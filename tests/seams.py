@@ -119,12 +119,11 @@ def dead_owner() -> str:
     return f"{handler.machine()}-{child}-{secrets.token_hex(4)}"
 
 
-def read_ahead(*paths: Path) -> Any:
-    """Brings files into the page cache; .busy of what is returned is how many reads are under way."""
-    readers = handler.Places(handler.FIRST_READERS)
+def read_ahead(*paths: Path) -> None:
+    """Brings files into the page cache."""
+    store = handler.Store(handler.Settings.from_environ())
     for path in paths:
-        handler.read_ahead(path, readers)
-    return readers
+        handler.read_ahead(path, store)
 
 
 # --- the engine

@@ -254,10 +254,8 @@ def test_readers(tmp_path, monkeypatch, slow_s, most):
     seams.set(monkeypatch, READ_BYTES=MIB, SLOW_READ_S=slow_s)
     now, seen, read, lock = 0, 0, 0, threading.Lock()
 
-    def preadv(_descriptor: int, _buffers: list, _offset: int, flags: int = 0) -> int:
+    def preadv(_descriptor: int, _buffers: list, _offset: int) -> int:
         nonlocal now, seen, read
-        if flags == os.RWF_NOWAIT:
-            raise BlockingIOError  # nothing is in the page cache
         with lock:
             now, seen = now + 1, max(seen, now + 1)
         time.sleep(0.02)
@@ -285,9 +283,7 @@ def test_read_ahead_goes_on(tmp_path, monkeypatch, caplog):
     seams.set(monkeypatch, READ_BYTES=MIB)
     read, real = [], os.preadv
 
-    def preadv(descriptor: int, buffers: list, offset: int, flags: int = 0) -> int:
-        if flags == os.RWF_NOWAIT:
-            raise BlockingIOError
+    def preadv(descriptor: int, buffers: list, offset: int) -> int:
         if offset < 4 * MIB:
             raise OSError(5, "Input/output error")
         read.append(offset)
