@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-import ctypes
 import difflib
 import errno
 import functools
@@ -5064,20 +5063,21 @@ POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
 PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
-HEARTBEAT_PAUSE_S = 1  # before a heartbeat that ended is started again
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
-    with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
-        jobs = JobLoop(run_job, in_background(warm_up))
-        sdk = load_sdk(state)
-        # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
-        sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve(state))
-        sdk.rp_ping.Heartbeat._process_started = True  # JobLoop keeps one
-        runpod.serverless.start({"handler": handler})
+    jobs = JobLoop(run_job, in_background(warm_up))
+    import_sdk()
+    sdk = runpod.serverless.modules
+    # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
+    sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve())
+    # 1.7.13 forks the models, threads and CUDA for its heartbeat, which outlives a killed worker and pings its jobs for
+    # ever; and it keeps their ids in the working directory, where the next worker waits for them
+    sdk.rp_ping.Process = threading.Thread
+    sdk.worker_state.JobsProgress.get_job_list = lambda _: ",".join({job.id for job in [*jobs.held.values()]}) or None
+    runpod.serverless.start({"handler": handler})
     sys.stdout.flush()
     os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
 
@@ -5100,45 +5100,6 @@ def import_sdk() -> None:
     importlib.import_module("runpod")
 
 
-def load_sdk(state: str) -> Any:
-    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`. SDK 1.7.13 keeps them
-    in the working directory: a worker killed there waits for its dead jobs for ever."""
-    import_sdk()
-    modules = runpod.serverless.modules
-    in_progress = modules.worker_state.JobsProgress
-    in_progress._STATE_DIR, in_progress._STATE_FILE = state, f"{state}/.runpod_jobs.pkl"
-    set.clear(in_progress())  # what the import found in the working directory
-    return modules
-
-
-async def keep_heartbeat(state: str) -> None:
-    """Runs send_heartbeats in a process of its own, and starts it again whenever it ends.
-
-    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. To be called in the main
-    thread: PR_SET_PDEATHSIG ends it with the thread that started it.
-    """
-    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import handler; handler.send_heartbeats(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), state, str(os.getpid())]
-    while all(map(os.environ.get, needed)):
-        try:
-            process = await asyncio.create_subprocess_exec(*command)
-            log.error("the heartbeat ended with status %d; it is started again", await process.wait())
-        except OSError as error:
-            log.error("the heartbeat cannot be started: %s", error.strerror)
-        await asyncio.sleep(HEARTBEAT_PAUSE_S)
-
-
-def send_heartbeats(state: str, worker: str) -> None:
-    """The heartbeat's process: the SDK's pings with the ids kept in `state`. It ends with the process `worker`; left to
-    itself, it would ping a dead worker's job for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == int(worker):
-        load_sdk(state).rp_ping.Heartbeat().ping_loop()
-
-
 class JobLoop:
     """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own. run answers a job in a
     thread; warming gives how many jobs may be held, from taking one to its answer's post.
@@ -5158,11 +5119,9 @@ class JobLoop:
         self.stops_until = 0.0  # when they count no more
         self.next_warning: dict[tuple[str, str], float] = {}
 
-    async def serve(self, state: str) -> None:
+    async def serve(self) -> None:
         """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
         self.loop, modules = asyncio.get_running_loop(), runpod.serverless.modules
-        self.in_progress = modules.worker_state.JobsProgress()
-        self.heartbeat = self.loop.create_task(keep_heartbeat(state))
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.leave)
         try:
@@ -5251,8 +5210,6 @@ class JobLoop:
         """A job's task has ended; the next job may be asked for, whatever ended it."""
         job = self.held.pop(task)
         self.changed.set()
-        if all(other.id != job.id for other in self.held.values()):  # RunPod may send a job again
-            self.in_progress.remove(job.id)
         if job.update:
             job.update.cancel()
         if not task.cancelled() and (error := task.exception()):
@@ -5290,9 +5247,8 @@ class HeldJob(Observer):
     async def serve(self) -> None:
         """Runs the job in a thread and posts its answer; cancelled where RunPod stops the job."""
         try:
-            self.jobs.in_progress.add(self.id)  # the SDK would write a whole job to the disk, s3Config's key included
             body = await asyncio.to_thread(lambda: self.body(self.jobs.run(self.job, self)))
-        except Exception as error:  # noqa: BLE001 - no thread, no disk, no JSON: unanswered, it would wait for hours
+        except Exception as error:  # noqa: BLE001 - no thread, no JSON: unanswered, it would wait for hours
             body = self.body(failure_answer(worker_error(error, self.id)))
         self.ends_at = 0.0
         self.jobs.changed.set()
