@@ -4798,11 +4798,8 @@ class Observer:
         """`step` of all `steps` are launched; must return at once. May raise Stopped."""
 
 
-class Timings:
+class Timings(dict[str, float]):
     """Seconds of a job's phases, each read after the GPU has finished it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str, gpu: bool = True) -> Iterator[None]:
@@ -4811,7 +4808,7 @@ class Timings:
         yield
         if gpu and torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[name] = round(time.monotonic() - started, 3)
+        self[name] = round(time.monotonic() - started, 3)
 
 
 class Worker:
@@ -4834,18 +4831,14 @@ class Worker:
 WORKER = Worker()
 
 
-def handler(job: dict[str, Any]) -> dict[str, Any]:
+def handler(job: dict[str, Any], observer: Observer | None = None) -> dict[str, Any]:
     """Answers a RunPod job {"id": ..., "input": {...}} with {"images": [...], "seed": ..., "metadata": {...}} or with
-    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads."""
-    return run_job(job, Observer())
-
-
-def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
-    """handler, telling an observer how far it is."""
+    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads. The observer is told how
+    far it is."""
     given = job.get("id") if isinstance(job, dict) else None
     job_id = given if isinstance(given, str) else "local"
     try:
-        return answer_job(job, job_id, observer)
+        return answer_job(job, job_id, observer or Observer())
     except Exception as error:  # noqa: BLE001 - the edge of a job: any failure becomes an answer
         failure = worker_error(error, job_id)
     level = logging.INFO if isinstance(failure, Stopped) else logging.ERROR
@@ -4874,13 +4867,15 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         started = time.monotonic()
         try:
             images, conditioning = generate(engine, request, models, timings, observer)
-        except Exception as error:  # noqa: BLE001 - cleared away before the next job's turn
+        except Exception as error:  # noqa: BLE001 - its memory is given back before the next job's turn
             failure = worker_error(error, job_id)
             while error:
                 error.__traceback__ = None  # its frames hold the job's tensors
                 error = error.__context__
             with suppress(RuntimeError):  # once the GPU is lost, nothing can be freed either
-                free_memory(engine)
+                gc.collect()
+                torch.cuda.empty_cache()
+                engine.pipe.maybe_free_model_hooks()
             raise failure from None
         loras = dict(engine.stack.applied)
         metadata = describe(request, engine, models, loras, conditioning)
@@ -4893,11 +4888,11 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         answer = {"images": [], "seed": request.seed, "metadata": metadata}
         answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
     seconds = round(time.monotonic() - started, 3)
-    answer["metadata"] |= {"processing_time": seconds, "timings": timings.seconds}
+    answer["metadata"] |= {"processing_time": seconds, "timings": timings}
     log.info(
         "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
         *(job_id, request.num_images, request.width, request.height, request.seed),
-        *(conditioning.prompt.chunks, conditioning.negative.chunks, seconds, timings.seconds),
+        *(conditioning.prompt.chunks, conditioning.negative.chunks, seconds, timings),
     )
     return answer
 
@@ -4925,7 +4920,7 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
 
     def fetch(kind: str, item: NamedModel) -> tuple[str, Path, Any]:
         """Name, file and content of one."""
-        config, reason = civitai_config(item.version), BadModel()
+        config = civitai_config(item.version)
         for _ in range(3):
             path = engine.store.fetch_for_job(config, folders[kind])
             try:
@@ -4936,9 +4931,9 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
                 name = item.name or listed_name(path) or config["name"]
                 return name, path, read_embedding(name, path, engine.pipe)
             except BadModel as error:
-                reason = error
-            if path.exists():
-                raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path)
+                if path.exists():  # else it made room meanwhile
+                    message = f"{kind}: Civitai model version {item.version}: {error}"
+                    raise InvalidInput(message, detail=path) from error
         raise DownloadFailed(
             f"{kind}: Civitai model version {item.version} made room for models of other jobs again and again: "
             f"set a larger JOB_MODELS_GB"
@@ -4973,7 +4968,7 @@ def generate(
             stack.add(adapter, models.loras[adapter])
         changed = stack.apply(scales)
     if not changed:
-        del timings.seconds["loras"]
+        del timings["loras"]
     with timings("encode"):
         bundled = chain.from_iterable(stack.loras[adapter].embeddings.values() for adapter in stack.applied)
         known = chain(engine.embeddings.values(), bundled, models.embeddings.values())  # of equal names the last counts
@@ -5035,14 +5030,6 @@ def describe(
     }
 
 
-def free_memory(engine: Engine) -> None:
-    """Gives a failed job's memory back, so that the next job finds it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    engine.pipe.maybe_free_model_hooks()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # queue
 
@@ -5064,7 +5051,7 @@ PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for o
 def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
-    jobs = JobLoop(run_job, in_background(warm_up))
+    jobs = JobLoop(handler, in_background(warm_up))
     import_sdk()
     sdk = runpod.serverless.modules
     # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop

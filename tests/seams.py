@@ -291,7 +291,7 @@ def progress(**fields: Any) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     observer = handler.Observer()
     observer.step = lambda step, steps: seen.append((step, steps))
-    handler.run_job({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
+    handler.handler({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
     return seen
 
 
@@ -304,7 +304,7 @@ def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
             if time.monotonic() > end:
                 raise handler.Stopped("stopped")
 
-    return handler.run_job(job, Stopping())
+    return handler.handler(job, Stopping())
 
 
 # --- a pretended GPU
@@ -330,7 +330,7 @@ def run_watched(job: dict[str, Any], at_step: Callable[[], None]) -> dict[str, A
     """A job's answer; at_step() is called when denoising begins and whenever a step was launched."""
     observer = handler.Observer()
     observer.denoising, observer.step = at_step, lambda *_: at_step()
-    return handler.run_job(job, observer)
+    return handler.handler(job, observer)
 
 
 def come_out_black(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +408,7 @@ def field_names() -> list[str]:
 def serve_with(run: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
     """The worker of RunPod's queue with another job function and no models: what is measured is the queue alone."""
     handler.configure_logging()
-    handler.run_job, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
+    handler.handler, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
     handler.serve_queue()
 
 
