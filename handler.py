@@ -2402,12 +2402,7 @@ class Embedding:
     digest: str  # of the vectors
 
 
-@dataclass(frozen=True)
-class Vector:
-    """One of an embedding's vectors, in the place of a token."""
-
-    embedding: Embedding
-    index: int
+Vector = tuple[Embedding, int]  # one of an embedding's vectors, in the place of a token
 
 
 def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
@@ -2555,7 +2550,7 @@ class Tokenizer:
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
         self.vectors = {
-            mark: [Vector(embedding, index) for index in range(len(embedding.clip_l))]
+            mark: [(embedding, index) for index in range(len(embedding.clip_l))]
             for mark, embedding in (marks or {}).items()
         }
         self.known: dict[str, Tokens] = {}
@@ -2712,12 +2707,12 @@ def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
     """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
     places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
-    places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
+    places = {(row, position): token for row, position, token in tokens if isinstance(token, tuple)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
         if not places:
             return embedded
-        vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
+        vectors = torch.stack([getattr(embedding, part)[index] for embedding, index in places.values()])
         return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
     return put
@@ -2739,7 +2734,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
-            while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
+            while tokens and isinstance(last := tokens[-1], tuple) and last[1] + 1 < len(last[0].clip_l):
                 tokens.pop()  # the window's end is in an embedding, of which a part means something else
             window = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token for token in tokens]
             window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
@@ -3526,9 +3521,9 @@ def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tupl
 
 class SamplerAsScheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one. Runs the last `run`
-    of a schedule's steps, by default all. config: the checkpoint's."""
+    of a schedule's steps. config: the checkpoint's."""
 
-    def __init__(self, sampling: Sampling, steps: int, config: Mapping[str, Any], run: int | None = None) -> None:
+    def __init__(self, sampling: Sampling, steps: int, config: Mapping[str, Any], run: int) -> None:
         self.sampler = sampler = sampling.sampler
         self.v_prediction = config.get("prediction_type") == "v_prediction"
         levels = NoiseLevels(sampler.every, config.get("rescale_betas_zero_snr", False))
@@ -3537,7 +3532,6 @@ class SamplerAsScheduler:
         if sampler.drops_next_to_last:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         self.span = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()  # of all steps, run or not
-        run = run or steps
         if run < steps:
             self.sigmas = self.sigmas[-run - 1 :]
         first = self.sigmas[0]
@@ -3936,8 +3930,8 @@ def picture_keys(request: JobRequest) -> dict[str, Any]:
             "Denoising strength": hires.strength,
             "Hires upscale": repr(hires.scale).removesuffix(".0"),
             "Hires steps": hires.steps or "",
+            "Hires upscaler": hires.upscaler.capitalize(),
         }
-        keys["Hires upscaler"] = hires.upscaler.capitalize()
     if request.image:
         keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.sha256}
     if request.mask:
@@ -4309,7 +4303,6 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
     name = bucket.name or time.strftime("%m-%y")
 
     def upload(file: bytes) -> str:
-        """One file's link."""
         place = {"Bucket": name, "Key": f"{job_id}/{secrets.token_hex(4)}.{image_format}"}
         client.put_object(**place, Body=file, ContentType=f"image/{image_format}")
         return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)

@@ -244,7 +244,7 @@ def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterat
 
 def scheduler(name: str, steps: int) -> Any:
     """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
-    return handler.SamplerAsScheduler(handler.read_sampling("scheduler", name), steps, {})
+    return handler.SamplerAsScheduler(handler.read_sampling("scheduler", name), steps, {}, steps)
 
 
 def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
