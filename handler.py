@@ -4784,11 +4784,8 @@ class Observer:
         finally:
             gpu.release()
 
-    def denoising(self) -> None:
-        """The GPU begins to denoise. May raise Stopped."""
-
     def step(self, step: int, steps: int) -> None:
-        """`step` of all `steps` are launched; must return at once. May raise Stopped."""
+        """`step` of all `steps` are launched, 0 where the first begins; must return at once. May raise Stopped."""
 
 
 class Timings(dict[str, float]):
@@ -4968,13 +4965,13 @@ def generate(
         embeddings = {embedding.name.lower(): embedding for embedding in known}
         conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
         latents = encode(pipe, [request.image.pixels]) if request.image else None
-    observer.denoising()
     mask = None
     if request.mask:  # bool (h/8, w/8), half of white rounds up
         mask = request.mask.pixels.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
         mask = torch.from_numpy(np.asarray(mask) > 127).to(latents.device)
     passes, done = plan_passes(request), 0
     total = sum(stage.run for stage in passes)
+    observer.step(0, total)
     with timings("denoise"):
         for stage in passes:
             if done:
@@ -5034,7 +5031,7 @@ STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a jo
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
 ASK_AHEAD_S = 3.0
-RECENT_STEPS = 5  # whose pace tells a job's end; more than one, as Heun reports each step twice
+RECENT_STEPS = 6  # whose pace tells a job's end; more than two, as Heun reports each step twice
 POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
@@ -5244,21 +5241,18 @@ class HeldJob(Observer):
         return result_body(answer)
 
     def check(self) -> None:
-        """In the job's thread, as denoising and step."""
+        """In the job's thread, as step."""
         if self.stopped:
             raise Stopped("RunPod no longer wants the job's answer")
-
-    def denoising(self) -> None:
-        self.check()
-        self.paces.append((0, self.jobs.loop.time()))
 
     def step(self, step: int, steps: int) -> None:
         self.check()
         now = self.jobs.loop.time()
-        first, then = self.paces[0]
         self.paces.append((step, now))
-        ends_at = now + (steps - step) * (now - then) / (step - first) if step > first else math.inf
-        self.jobs.loop.call_soon_threadsafe(self.report, step, steps, ends_at)
+        first, then = self.paces[0]
+        if step > first:
+            ends_at = now + (steps - step) * (now - then) / (step - first)
+            self.jobs.loop.call_soon_threadsafe(self.report, step, steps, ends_at)
 
     def report(self, step: int, steps: int, ends_at: float) -> None:
         """Sends an update, unless one is under way or was answered less than a second ago."""

@@ -38,7 +38,7 @@ def run(job: dict[str, Any], observer: Any) -> dict[str, Any]:
     steps = job["input"].get("steps", 2)
     with observer.turn(GPU):
         time.sleep(job["input"].get("encode_s", 0))
-        observer.denoising()
+        observer.step(0, steps)
         for step in range(1, steps + 1):
             time.sleep(STEP_S)
             observer.step(step, steps)
