@@ -3788,9 +3788,9 @@ def follow_address(url: str, name: str, until: float, opened: list[Any]) -> byte
             response = connection.getresponse()
             if response.status == 200:
                 return response.read(MAX_PICTURE_BYTES + 1)
-            if response.status not in (301, 302, 303, 307, 308) or "location" not in response.headers:
+            if not (location := response.get_redirect_location()):
                 raise DownloadFailed(f"{name}: its address answers with status {response.status}")
-            url = urljoin(url, response.headers["location"])
+            url = urljoin(url, location)
         finally:
             connection.close()
     raise InvalidInput(f"{name} must be an address that redirects at most {MAX_REDIRECTS} times")
@@ -4271,9 +4271,9 @@ def deliver(
         if options:
             note = f"as {wanted} the answer would be larger than {max_bytes / MB:g} MB: sent as {what}"
             metadata["warnings"] = [*metadata["warnings"], note]
-        images_bytes = sum(-(-len(file) // 3) * 4 + len('"", ') for file in files)
-        if len(json.dumps({"output": answer | {"metadata": metadata}})) + TIMES_BYTES + images_bytes <= max_bytes:
-            return answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
+        complete = answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
+        if len(json.dumps({"output": complete})) + TIMES_BYTES <= max_bytes:
+            return complete
     raise GenerationFailed(
         f"the images do not fit into an answer of {max_bytes / MB:g} MB: ask for fewer or smaller ones, or set a bucket"
     )
