@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-import ctypes
 import difflib
 import errno
 import functools
@@ -2339,12 +2338,7 @@ class Embedding:
     digest: str  # of the vectors
 
 
-@dataclass(frozen=True)
-class Vector:
-    """One of an embedding's vectors, in the place of a token."""
-
-    embedding: Embedding
-    index: int
+Vector = tuple[Embedding, int]  # one of an embedding's vectors, in the place of a token
 
 
 def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
@@ -2492,7 +2486,7 @@ class Tokenizer:
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
         self.vectors = {
-            mark: [Vector(embedding, index) for index in range(len(embedding.clip_l))]
+            mark: [(embedding, index) for index in range(len(embedding.clip_l))]
             for mark, embedding in (marks or {}).items()
         }
         self.known: dict[str, Tokens] = {}
@@ -2649,12 +2643,12 @@ def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
     """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
     places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
-    places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
+    places = {(row, position): token for row, position, token in tokens if isinstance(token, tuple)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
         if not places:
             return embedded
-        vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
+        vectors = torch.stack([getattr(embedding, part)[index] for embedding, index in places.values()])
         return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
     return put
@@ -2676,7 +2670,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
-            while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
+            while tokens and isinstance(last := tokens[-1], tuple) and last[1] + 1 < len(last[0].clip_l):
                 tokens.pop()  # the window's end is in an embedding, of which a part means something else
             window = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token for token in tokens]
             window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
@@ -2742,8 +2736,8 @@ def merge_alike(states: Any, most: int) -> Any:
         equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(host.detach().numpy())])
         joined = np.flatnonzero(equal != group)[most - len(group) :]  # no fewer than `most` are left
         group[joined] = equal[joined]
-        group = np.unique(group, return_inverse=True)[1]
     while True:
+        group = np.unique(group, return_inverse=True)[1]
         index, sizes = torch.from_numpy(group), np.bincount(group)
         count = len(sizes)
         means = torch.zeros_like(host[:count]).index_add_(0, index, host) / torch.bincount(index).unsqueeze(1)
@@ -2751,11 +2745,11 @@ def merge_alike(states: Any, most: int) -> Any:
         if count <= most:
             return means
         run, left = (count, most) if count <= MANY_STATES else (RUN_STATES, RUN_STATES // 2)
-        found: list[Any] = []
+        found = []
         for start in range(0, count, run):
             likeness, norms = compare(means[start : start + run].detach())  # who is like whom has no gradient
-            groups = group_alike(likeness, sizes[start : start + run].astype(likeness.dtype), norms, left)
-            found.append(groups + (found[-1].max() + 1 if found else 0))
+            sizes_of_run = sizes[start : start + run].astype(likeness.dtype)
+            found.append(start + group_alike(likeness, sizes_of_run, norms, left))
         group = np.concatenate(found)[group]
 
 
@@ -2770,7 +2764,8 @@ def compare(states: Any) -> tuple[Any, Any]:
 
 
 def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
-    """The group, from 0 to most - 1, of each of N states: (N, N), (N,), (N,) -> (N,). What is given is overwritten.
+    """The first state of the group of each of N, in `most` groups: (N, N), (N,), (N,) -> (N,). What is given is
+    overwritten.
 
     Rounds: pairs that are each other's most alike are merged into the mean of all that they stand for, the most alike
     quarter of them, then anew: all at once would merge unlike ones early. A mean's likeness follows from its parts'. It
@@ -2796,13 +2791,8 @@ def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
         merged[np.arange(len(first)), first] = NO_LIKENESS
         likeness[first], likeness[:, first] = merged, merged.T
         likeness[second], likeness[:, second] = NO_LIKENESS, NO_LIKENESS
-        sizes[first], sizes[second], own[second] = total, 0, first
+        sizes[first], own[second] = total, first
         group, count = own[group], count - len(first)
-        # 3. rows that joined others are taken out now and then
-        if count < 0.8 * len(sizes) or count <= most:
-            left = np.flatnonzero(sizes)
-            group, sizes, norms = np.searchsorted(left, group), sizes[left], norms[left]
-            likeness = likeness[np.ix_(left, left)]
     return group
 
 
@@ -3467,9 +3457,9 @@ def rehearse(run: Callable[..., Run], sigmas: Any) -> tuple[list[Any], list[tupl
 
 class SamplerAsScheduler:
     """A sampler behind diffusers' scheduler interface: what StableDiffusionXLPipeline asks of one. Runs the last `run`
-    of a schedule's steps, by default all. config: the checkpoint's."""
+    of a schedule's steps. config: the checkpoint's."""
 
-    def __init__(self, sampling: Sampling, steps: int, config: Mapping[str, Any], run: int | None = None) -> None:
+    def __init__(self, sampling: Sampling, steps: int, config: Mapping[str, Any], run: int) -> None:
         self.sampler = sampler = sampling.sampler
         self.v_prediction = config.get("prediction_type") == "v_prediction"
         levels = NoiseLevels(sampler.every, config.get("rescale_betas_zero_snr", False))
@@ -3478,7 +3468,6 @@ class SamplerAsScheduler:
         if sampler.drops_next_to_last:
             self.sigmas = torch.cat([self.sigmas[:-2], self.sigmas[-1:]])
         self.span = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()  # of all steps, run or not
-        run = run or steps
         if run < steps:
             self.sigmas = self.sigmas[-run - 1 :]
         first = self.sigmas[0]
@@ -3735,9 +3724,9 @@ def follow_address(url: str, name: str, until: float, opened: list[Any]) -> byte
             response = connection.getresponse()
             if response.status == 200:
                 return response.read(MAX_PICTURE_BYTES + 1)
-            if response.status not in (301, 302, 303, 307, 308) or "location" not in response.headers:
+            if not (location := response.get_redirect_location()):
                 raise DownloadFailed(f"{name}: its address answers with status {response.status}")
-            url = urljoin(url, response.headers["location"])
+            url = urljoin(url, location)
         finally:
             connection.close()
     raise InvalidInput(f"{name} must be an address that redirects at most {MAX_REDIRECTS} times")
@@ -3877,8 +3866,8 @@ def picture_keys(request: JobRequest) -> dict[str, Any]:
             "Denoising strength": hires.strength,
             "Hires upscale": repr(hires.scale).removesuffix(".0"),
             "Hires steps": hires.steps or "",
+            "Hires upscaler": hires.upscaler.capitalize(),
         }
-        keys["Hires upscaler"] = hires.upscaler.capitalize()
     if request.image:
         keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.sha256}
     if request.mask:
@@ -4218,9 +4207,9 @@ def deliver(
         if options:
             note = f"as {wanted} the answer would be larger than {max_bytes / MB:g} MB: sent as {what}"
             metadata["warnings"] = [*metadata["warnings"], note]
-        images_bytes = sum(-(-len(file) // 3) * 4 + len('"", ') for file in files)
-        if len(json.dumps({"output": answer | {"metadata": metadata}})) + TIMES_BYTES + images_bytes <= max_bytes:
-            return answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
+        complete = answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
+        if len(json.dumps({"output": complete})) + TIMES_BYTES <= max_bytes:
+            return complete
     raise GenerationFailed(
         f"the images do not fit into an answer of {max_bytes / MB:g} MB: ask for fewer or smaller ones, or set a bucket"
     )
@@ -4250,7 +4239,6 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
     name = bucket.name or time.strftime("%m-%y")
 
     def upload(file: bytes) -> str:
-        """One file's link."""
         place = {"Bucket": name, "Key": f"{job_id}/{secrets.token_hex(4)}.{image_format}"}
         client.put_object(**place, Body=file, ContentType=f"image/{image_format}")
         return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)
@@ -4732,18 +4720,12 @@ class Observer:
         finally:
             gpu.release()
 
-    def denoising(self) -> None:
-        """The GPU begins to denoise. May raise Stopped."""
-
     def step(self, step: int, steps: int) -> None:
-        """`step` of all `steps` are launched; must return at once. May raise Stopped."""
+        """`step` of all `steps` are launched, 0 where the first begins; must return at once. May raise Stopped."""
 
 
-class Timings:
+class Timings(dict[str, float]):
     """Seconds of a job's phases, each read after the GPU has finished it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str, gpu: bool = True) -> Iterator[None]:
@@ -4752,7 +4734,7 @@ class Timings:
         yield
         if gpu and torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[name] = round(time.monotonic() - started, 3)
+        self[name] = round(time.monotonic() - started, 3)
 
 
 class Worker:
@@ -4775,18 +4757,14 @@ class Worker:
 WORKER = Worker()
 
 
-def handler(job: dict[str, Any]) -> dict[str, Any]:
+def handler(job: dict[str, Any], observer: Observer | None = None) -> dict[str, Any]:
     """Answers a RunPod job {"id": ..., "input": {...}} with {"images": [...], "seed": ..., "metadata": {...}} or with
-    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads."""
-    return run_job(job, Observer())
-
-
-def run_job(job: dict[str, Any], observer: Observer) -> dict[str, Any]:
-    """handler, telling an observer how far it is."""
+    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads. The observer is told how
+    far it is."""
     given = job.get("id") if isinstance(job, dict) else None
     job_id = given if isinstance(given, str) else "local"
     try:
-        return answer_job(job, job_id, observer)
+        return answer_job(job, job_id, observer or Observer())
     except Exception as error:  # noqa: BLE001 - the edge of a job: any failure becomes an answer
         failure = worker_error(error, job_id)
     level = logging.INFO if isinstance(failure, Stopped) else logging.ERROR
@@ -4815,13 +4793,15 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         started = time.monotonic()
         try:
             images, conditioning = generate(engine, request, models, timings, observer)
-        except Exception as error:  # noqa: BLE001 - cleared away before the next job's turn
+        except Exception as error:  # noqa: BLE001 - its memory is given back before the next job's turn
             failure = worker_error(error, job_id)
             while error:
                 error.__traceback__ = None  # its frames hold the job's tensors
                 error = error.__context__
             with suppress(RuntimeError):  # once the GPU is lost, nothing can be freed either
-                free_memory(engine)
+                gc.collect()
+                torch.cuda.empty_cache()
+                engine.pipe.maybe_free_model_hooks()
             raise failure from None
         loras = dict(engine.stack.applied)
         metadata = describe(request, engine, models, loras, conditioning)
@@ -4834,11 +4814,11 @@ def answer_job(job: Any, job_id: str, observer: Observer) -> dict[str, Any]:
         answer = {"images": [], "seed": request.seed, "metadata": metadata}
         answer = deliver(answer, images, recipes, bucket, settings.max_response_bytes, job_id)
     seconds = round(time.monotonic() - started, 3)
-    answer["metadata"] |= {"processing_time": seconds, "timings": timings.seconds}
+    answer["metadata"] |= {"processing_time": seconds, "timings": timings}
     log.info(
         "job %s: %d x %dx%d, seed %d, %d+%d chunks: %.1f s %s",
         *(job_id, request.num_images, request.width, request.height, request.seed),
-        *(conditioning.prompt.chunks, conditioning.negative.chunks, seconds, timings.seconds),
+        *(conditioning.prompt.chunks, conditioning.negative.chunks, seconds, timings),
     )
     return answer
 
@@ -4866,7 +4846,7 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
 
     def fetch(kind: str, item: NamedModel) -> tuple[str, Path, Any]:
         """Name, file and content of one."""
-        config, reason = civitai_config(item.version), BadModel()
+        config = civitai_config(item.version)
         for _ in range(3):
             path = engine.store.fetch_for_job(config, folders[kind])
             try:
@@ -4877,9 +4857,9 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
                 name = item.name or listed_name(path) or config["name"]
                 return name, path, read_embedding(name, path, engine.pipe)
             except BadModel as error:
-                reason = error
-            if path.exists():
-                raise InvalidInput(f"{kind}: Civitai model version {item.version}: {reason}", detail=path)
+                if path.exists():  # else it made room meanwhile
+                    message = f"{kind}: Civitai model version {item.version}: {error}"
+                    raise InvalidInput(message, detail=path) from error
         raise DownloadFailed(
             f"{kind}: Civitai model version {item.version} made room for models of other jobs again and again: "
             f"set a larger JOB_MODELS_GB"
@@ -4914,20 +4894,20 @@ def generate(
             stack.add(adapter, models.loras[adapter])
         changed = stack.apply(scales)
     if not changed:
-        del timings.seconds["loras"]
+        del timings["loras"]
     with timings("encode"):
         bundled = chain.from_iterable(stack.loras[adapter].embeddings.values() for adapter in stack.applied)
         known = chain(engine.embeddings.values(), bundled, models.embeddings.values())  # of equal names the last counts
         embeddings = {embedding.name.lower(): embedding for embedding in known}
         conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
         latents = encode(pipe, [request.image.pixels]) if request.image else None
-    observer.denoising()
     mask = None
     if request.mask:  # bool (h/8, w/8), half of white rounds up
         mask = request.mask.pixels.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
         mask = torch.from_numpy(np.asarray(mask) > 127).to(latents.device)
     passes, done = plan_passes(request), 0
     total = sum(stage.run for stage in passes)
+    observer.step(0, total)
     with timings("denoise"):
         for stage in passes:
             if done:
@@ -4976,14 +4956,6 @@ def describe(
     }
 
 
-def free_memory(engine: Engine) -> None:
-    """Gives a failed job's memory back, so that the next job finds it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    engine.pipe.maybe_free_model_hooks()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # queue
 
@@ -4995,25 +4967,26 @@ STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a jo
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
 ASK_AHEAD_S = 3.0
-RECENT_STEPS = 5  # whose pace tells a job's end; more than one, as Heun reports each step twice
+RECENT_STEPS = 6  # whose pace tells a job's end; more than two, as Heun reports each step twice
 POLL_WARNING_S = 60  # between two warnings of one kind about polls
 ANSWER_TRY_S, ANSWER_RETRY_S = 30, 180  # one post of an answer; all of them
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 8.0  # between two posts of an answer
 PROGRESS_S, PROGRESS_TRY_S, LAST_PROGRESS_S = 1, 10, 2  # between updates; for one; for the last before the answer
-HEARTBEAT_PAUSE_S = 1  # before a heartbeat that ended is started again
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def serve_queue() -> None:
     """The worker on RunPod: the SDK's start() with JobLoop in its loop's place, while the models load beside it."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 ignores a signal without a handler
-    with tempfile.TemporaryDirectory(prefix="runpod-", ignore_cleanup_errors=True) as state:
-        jobs = JobLoop(run_job, in_background(warm_up))
-        sdk = load_sdk(state)
-        # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
-        sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve(state))
-        sdk.rp_ping.Heartbeat._process_started = True  # JobLoop keeps one
-        runpod.serverless.start({"handler": handler})
+    jobs = JobLoop(handler, in_background(warm_up))
+    import_sdk()
+    sdk = runpod.serverless.modules
+    # in place of the SDK's get_jobs and run_jobs, and of its signal handlers, which do not wake the loop
+    sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve())
+    # 1.7.13 forks the models, threads and CUDA for its heartbeat, which outlives a killed worker and pings its jobs for
+    # ever; and it keeps their ids in the working directory, where the next worker waits for them
+    sdk.rp_ping.Process = threading.Thread
+    sdk.worker_state.JobsProgress.get_job_list = lambda _: ",".join({job.id for job in [*jobs.held.values()]}) or None
+    runpod.serverless.start({"handler": handler})
     sys.stdout.flush()
     os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
 
@@ -5036,45 +5009,6 @@ def import_sdk() -> None:
     importlib.import_module("runpod")
 
 
-def load_sdk(state: str) -> Any:
-    """runpod.serverless.modules, with the ids of the jobs in progress kept in the folder `state`. SDK 1.7.13 keeps them
-    in the working directory: a worker killed there waits for its dead jobs for ever."""
-    import_sdk()
-    modules = runpod.serverless.modules
-    in_progress = modules.worker_state.JobsProgress
-    in_progress._STATE_DIR, in_progress._STATE_FILE = state, f"{state}/.runpod_jobs.pkl"
-    set.clear(in_progress())  # what the import found in the working directory
-    return modules
-
-
-async def keep_heartbeat(state: str) -> None:
-    """Runs send_heartbeats in a process of its own, and starts it again whenever it ends.
-
-    SDK 1.7.13 forks it with the models, threads and CUDA in it, and never looks after it. To be called in the main
-    thread: PR_SET_PDEATHSIG ends it with the thread that started it.
-    """
-    needed = ("RUNPOD_WEBHOOK_PING", "RUNPOD_POD_ID", "RUNPOD_AI_API_KEY")  # as in the SDK's start_ping
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import handler; handler.send_heartbeats(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), state, str(os.getpid())]
-    while all(map(os.environ.get, needed)):
-        try:
-            process = await asyncio.create_subprocess_exec(*command)
-            log.error("the heartbeat ended with status %d; it is started again", await process.wait())
-        except OSError as error:
-            log.error("the heartbeat cannot be started: %s", error.strerror)
-        await asyncio.sleep(HEARTBEAT_PAUSE_S)
-
-
-def send_heartbeats(state: str, worker: str) -> None:
-    """The heartbeat's process: the SDK's pings with the ids kept in `state`. It ends with the process `worker`; left to
-    itself, it would ping a dead worker's job for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would leave the last job unpinged
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == int(worker):
-        load_sdk(state).rp_ping.Heartbeat().ping_loop()
-
-
 class JobLoop:
     """Takes jobs from RunPod's queue; each is then served by a HeldJob in a task of its own. run answers a job in a
     thread; warming gives how many jobs may be held, from taking one to its answer's post.
@@ -5094,11 +5028,9 @@ class JobLoop:
         self.stops_until = 0.0  # when they count no more
         self.next_warning: dict[tuple[str, str], float] = {}
 
-    async def serve(self, state: str) -> None:
+    async def serve(self) -> None:
         """Serves until SIGTERM or an answer with refresh_worker; returns once every job held is answered."""
         self.loop, modules = asyncio.get_running_loop(), runpod.serverless.modules
-        self.in_progress = modules.worker_state.JobsProgress()
-        self.heartbeat = self.loop.create_task(keep_heartbeat(state))
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.leave)
         try:
@@ -5187,8 +5119,6 @@ class JobLoop:
         """A job's task has ended; the next job may be asked for, whatever ended it."""
         job = self.held.pop(task)
         self.changed.set()
-        if all(other.id != job.id for other in self.held.values()):  # RunPod may send a job again
-            self.in_progress.remove(job.id)
         if job.update:
             job.update.cancel()
         if not task.cancelled() and (error := task.exception()):
@@ -5226,9 +5156,8 @@ class HeldJob(Observer):
     async def serve(self) -> None:
         """Runs the job in a thread and posts its answer; cancelled where RunPod stops the job."""
         try:
-            self.jobs.in_progress.add(self.id)  # the SDK would write a whole job to the disk, s3Config's key included
             body = await asyncio.to_thread(lambda: self.body(self.jobs.run(self.job, self)))
-        except Exception as error:  # noqa: BLE001 - no thread, no disk, no JSON: unanswered, it would wait for hours
+        except Exception as error:  # noqa: BLE001 - no thread, no JSON: unanswered, it would wait for hours
             body = self.body(failure_answer(worker_error(error, self.id)))
         self.ends_at = 0.0
         self.jobs.changed.set()
@@ -5248,21 +5177,18 @@ class HeldJob(Observer):
         return result_body(answer)
 
     def check(self) -> None:
-        """In the job's thread, as denoising and step."""
+        """In the job's thread, as step."""
         if self.stopped:
             raise Stopped("RunPod no longer wants the job's answer")
-
-    def denoising(self) -> None:
-        self.check()
-        self.paces.append((0, self.jobs.loop.time()))
 
     def step(self, step: int, steps: int) -> None:
         self.check()
         now = self.jobs.loop.time()
-        first, then = self.paces[0]
         self.paces.append((step, now))
-        ends_at = now + (steps - step) * (now - then) / (step - first) if step > first else math.inf
-        self.jobs.loop.call_soon_threadsafe(self.report, step, steps, ends_at)
+        first, then = self.paces[0]
+        if step > first:
+            ends_at = now + (steps - step) * (now - then) / (step - first)
+            self.jobs.loop.call_soon_threadsafe(self.report, step, steps, ends_at)
 
     def report(self, step: int, steps: int, ends_at: float) -> None:
         """Sends an update, unless one is under way or was answered less than a second ago."""

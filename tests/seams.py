@@ -243,7 +243,7 @@ def drawn_ahead(draw: Callable[[int], torch.Tensor], count: int) -> tuple[Iterat
 
 def scheduler(name: str, steps: int) -> Any:
     """The worker's own scheduler object behind a sampler's name; `noise` is where it takes its noise from."""
-    return handler.SamplerAsScheduler(handler.read_sampling("scheduler", name), steps, {})
+    return handler.SamplerAsScheduler(handler.read_sampling("scheduler", name), steps, {}, steps)
 
 
 def normal_stream(rng: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
@@ -290,8 +290,8 @@ def progress(**fields: Any) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     observer = handler.Observer()
     observer.step = lambda step, steps: seen.append((step, steps))
-    handler.run_job({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
-    return seen
+    handler.handler({"id": "test", "input": {"prompt": "a cat", "width": 256, "height": 256, **fields}}, observer)
+    return seen[1:]  # behind the beginning
 
 
 def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def run_and_stop(job: dict[str, Any], after_s: float) -> dict[str, Any]:
             if time.monotonic() > end:
                 raise handler.Stopped("stopped")
 
-    return handler.run_job(job, Stopping())
+    return handler.handler(job, Stopping())
 
 
 # --- a pretended GPU
@@ -328,8 +328,8 @@ def start_from(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any], check:
 def run_watched(job: dict[str, Any], at_step: Callable[[], None]) -> dict[str, Any]:
     """A job's answer; at_step() is called when denoising begins and whenever a step was launched."""
     observer = handler.Observer()
-    observer.denoising, observer.step = at_step, lambda *_: at_step()
-    return handler.run_job(job, observer)
+    observer.step = lambda *_: at_step()
+    return handler.handler(job, observer)
 
 
 def come_out_black(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +407,7 @@ def field_names() -> list[str]:
 def serve_with(run: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
     """The worker of RunPod's queue with another job function and no models: what is measured is the queue alone."""
     handler.configure_logging()
-    handler.run_job, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
+    handler.handler, handler.warm_up = run, lambda: handler.Settings.from_environ().jobs_in_flight
     handler.serve_queue()
 
 
@@ -421,11 +421,6 @@ def change_pipeline(change: Callable[[Any], None]) -> None:
         return pipe
 
     handler.build_pipeline = build_changed
-
-
-def import_sdk() -> None:
-    """Imports runpod as the worker does."""
-    handler.import_sdk()
 
 
 # --- pipeline

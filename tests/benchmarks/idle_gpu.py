@@ -44,7 +44,7 @@ class Simulation:
         with observer.turn(self.gpu) if observer else self.gpu:
             started = time.monotonic()
             if observer:
-                observer.denoising()
+                observer.step(0, 24)
             for step in range(1, 25):
                 time.sleep(self.gpu_s / 24)
                 if observer:
