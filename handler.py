@@ -2736,8 +2736,8 @@ def merge_alike(states: Any, most: int) -> Any:
         equal = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(host.detach().numpy())])
         joined = np.flatnonzero(equal != group)[most - len(group) :]  # no fewer than `most` are left
         group[joined] = equal[joined]
-    while True:
         group = np.unique(group, return_inverse=True)[1]
+    while True:
         index, sizes = torch.from_numpy(group), np.bincount(group)
         count = len(sizes)
         means = torch.zeros_like(host[:count]).index_add_(0, index, host) / torch.bincount(index).unsqueeze(1)
@@ -2745,11 +2745,11 @@ def merge_alike(states: Any, most: int) -> Any:
         if count <= most:
             return means
         run, left = (count, most) if count <= MANY_STATES else (RUN_STATES, RUN_STATES // 2)
-        found = []
+        found: list[Any] = []
         for start in range(0, count, run):
             likeness, norms = compare(means[start : start + run].detach())  # who is like whom has no gradient
-            sizes_of_run = sizes[start : start + run].astype(likeness.dtype)
-            found.append(start + group_alike(likeness, sizes_of_run, norms, left))
+            groups = group_alike(likeness, sizes[start : start + run].astype(likeness.dtype), norms, left)
+            found.append(groups + (found[-1].max() + 1 if found else 0))
         group = np.concatenate(found)[group]
 
 
@@ -2764,8 +2764,7 @@ def compare(states: Any) -> tuple[Any, Any]:
 
 
 def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
-    """The first state of the group of each of N, in `most` groups: (N, N), (N,), (N,) -> (N,). What is given is
-    overwritten.
+    """The group, from 0 to most - 1, of each of N states: (N, N), (N,), (N,) -> (N,). What is given is overwritten.
 
     Rounds: pairs that are each other's most alike are merged into the mean of all that they stand for, the most alike
     quarter of them, then anew: all at once would merge unlike ones early. A mean's likeness follows from its parts'. It
@@ -2791,8 +2790,13 @@ def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
         merged[np.arange(len(first)), first] = NO_LIKENESS
         likeness[first], likeness[:, first] = merged, merged.T
         likeness[second], likeness[:, second] = NO_LIKENESS, NO_LIKENESS
-        sizes[first], own[second] = total, first
+        sizes[first], sizes[second], own[second] = total, 0, first
         group, count = own[group], count - len(first)
+        # 3. rows that joined others are taken out now and then
+        if count < 0.8 * len(sizes) or count <= most:
+            left = np.flatnonzero(sizes)
+            group, sizes, norms = np.searchsorted(left, group), sizes[left], norms[left]
+            likeness = likeness[np.ix_(left, left)]
     return group
 
 
