@@ -15,8 +15,7 @@ FROM runpod/base:0.6.3-cuda11.8.0 AS worker
 RUN ln -sf /usr/bin/python3.11 /usr/local/bin/python && ln -sf /usr/bin/python3.11 /usr/local/bin/python3
 
 # RunPod mounts the network volume over /runpod-volume and so hides whatever the build wrote there. The base image keeps
-# the Hugging Face caches below it. The SDK writes .runpod_jobs.pkl into the working folder: workers that share it on a
-# volume block each other.
+# the Hugging Face caches below it.
 ENV HF_HOME=/opt/huggingface \
     HUGGINGFACE_HUB_CACHE=/opt/huggingface/hub
 WORKDIR /worker

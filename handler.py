@@ -153,8 +153,9 @@ VAE_MODEL = "madebyollin/sdxl-vae-fp16-fix"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 MAX_LORA_SCALE = 10.0
 EMBEDDING_NAME = r"[\w.-]{1,100}"  # a prompt uses it as a word
+VERSION_ID = "[1-9][0-9]{0,11}"  # of a model version at Civitai
 # Civitai's names of model versions, urn:air:<ecosystem>:<type>:civitai:<model>@<version>; these are made for SDXL
-AIR = re.compile(r"urn:air:(\w+):(\w+):civitai:[0-9]{1,12}@([0-9]{1,12})", re.IGNORECASE)
+AIR = re.compile(rf"urn:air:(\w+):(\w+):civitai:[0-9]{{1,12}}@({VERSION_ID})", re.IGNORECASE)
 AIR_ECOSYSTEMS = ("sdxl", "sdxldistilled", "sdxllightning", "pony", "illustrious", "noobai")
 LORA_TYPES, EMBEDDING_TYPES = ("lora", "lycoris", "locon", "dora"), ("embedding", "textualinversion")
 
@@ -171,7 +172,7 @@ def read_air(air: Any) -> tuple[str, str]:
     found = AIR.fullmatch(air) if isinstance(air, str) else None
     if not found or found[1].lower() not in AIR_ECOSYSTEMS:
         return "", ""
-    return found[2].lower(), str(int(found[3]))
+    return found[2].lower(), found[3]
 
 
 def sanitize_name(name: str) -> str:
@@ -328,9 +329,9 @@ def parse_checkpoint(text: str) -> dict[str, Any]:
     """CHECKPOINT, a Civitai model version id; "" is the table's checkpoint."""
     if not text or text == version_id(CHECKPOINT_CONFIG):
         return dict(CHECKPOINT_CONFIG)
-    if not re.fullmatch(r"[0-9]{1,12}", text):
+    if not re.fullmatch(VERSION_ID, text):
         raise SetupFailed(f"CHECKPOINT must be a Civitai model version id such as 1590699, got {quoted(text)}")
-    return civitai_config(str(int(text)))
+    return civitai_config(text)
 
 
 def parse_loras(text: str | None) -> list[dict[str, Any]]:
@@ -340,15 +341,14 @@ def parse_loras(text: str | None) -> list[dict[str, Any]]:
     known = {version_id(config): config for config in LORA_CONFIGS}
     loras = []
     for item in filter(None, map(str.strip, text.split(","))):
-        found = re.fullmatch(r"([0-9]{1,12})(?:\s*@\s*(-?[0-9]*\.?[0-9]+))?", item)
+        found = re.fullmatch(rf"({VERSION_ID})(?:\s*@\s*(-?[0-9]*\.?[0-9]+))?", item)
         scale = float(found[2] or 1.0) if found else math.nan
         if not abs(scale) <= MAX_LORA_SCALE:
             raise SetupFailed(
                 f"LORAS must list Civitai version ids with an optional scale from -10 to 10, "
                 f"such as 135867@1.5,294259; got {quoted(item)}"
             )
-        version = str(int(found[1]))
-        loras.append({**(known.get(version) or civitai_config(version)), "scale": scale})
+        loras.append({**(known.get(found[1]) or civitai_config(found[1])), "scale": scale})
     return loras
 
 
@@ -357,13 +357,13 @@ def parse_embeddings(text: str) -> list[dict[str, Any]]:
     file's name at Civitai, which the store knows."""
     embeddings = []
     for item in filter(None, map(str.strip, text.split(","))):
-        found = re.fullmatch(rf"([0-9]{{1,12}})(?:\s*@\s*({EMBEDDING_NAME}))?", item)
+        found = re.fullmatch(rf"({VERSION_ID})(?:\s*@\s*({EMBEDDING_NAME}))?", item)
         if not found:
             raise SetupFailed(
                 f"EMBEDDINGS must list Civitai version ids with an optional name of letters, digits, _, - and ., "
                 f"such as 134583@negativeXL_D,250712; got {quoted(item)}"
             )
-        embeddings.append(civitai_config(str(int(found[1]))) | ({"name": found[2]} if found[2] else {}))
+        embeddings.append(civitai_config(found[1]) | ({"name": found[2]} if found[2] else {}))
     return embeddings
 
 
@@ -2311,7 +2311,8 @@ UNKNOWN_EMBEDDING = re.compile(r"(?<![\w\\-])embedding:(?!\s*+[+-]?[\d.]++\s*+\)
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"  # a backslash before anything else vanishes, as in A1111
     r"|(?P<open>[(\[])"
-    r"|:\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)"  # possessive: 10,000 digits take no time
+    # possessive: 10,000 digits take no time; what is no finite number is read, to be refused
+    r"|:\s*+(?P<weight>[+-]?(?:(?:\d++\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?+|(?i:nan|inf(?:inity)?+)))\s*+\)"
     r"|(?P<close>[)\]])"
     r"|(?P<BREAK>\bBREAK\b)"
     r"|[^\\()\[\]:B]+|.",
@@ -4063,7 +4064,7 @@ class RecipeModels:
             if kind:
                 model = model | {"type": kind, "modelVersionId": version}
             version, name, weight = (model.get(key) for key in ("modelVersionId", "modelName", "weight"))
-            version = str(version) if re.fullmatch("[1-9][0-9]{0,11}", str(version)) else ""
+            version = str(version) if re.fullmatch(VERSION_ID, str(version)) else ""
             kind, adapter = str(model.get("type")).lower(), settings.adapter(version)
             by_id = version and settings.allows(version)
             if adapter in settings.stack or (by_id and kind in LORA_TYPES):
@@ -4308,7 +4309,7 @@ def shown(value: object) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint for a misspelt name: "heigth" -> '; did you mean "height"?'."""
     lowered = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.45)
     return f'; did you mean "{lowered[close[0]]}"?' if close else ""
 
 
@@ -4332,19 +4333,23 @@ def text_of(low: int, high: int) -> Check:
     return check
 
 
-def number(low: float, high: float, whole: bool = False, multiple_of: int = 1) -> Check:
-    """A number from low to high; neither true nor NaN."""
+def number(low: float, high: float, whole: bool = False, multiple_of: int = 1, above: bool = False) -> Check:
+    """A number from low, or above it, to high; neither true nor NaN."""
+    limits = f"{'above' if above else 'from'} {low:.10g}{', up' * above} to {high:.10g}"
 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             raise InvalidInput(f"{name} must be a {'whole ' * whole}number, got {shown(value)}")
-        if not low <= value <= high:
-            raise InvalidInput(f"{name} must be from {low:.10g} to {high:.10g}, got {shown(value)}")
+        if not low <= value <= high or (above and value == low):
+            raise InvalidInput(f"{name} must be {limits}, got {shown(value)}")
         if value % multiple_of and whole:
             raise InvalidInput(f"{name} must be a multiple of {multiple_of}, got {value}")
         return value if whole else float(value)
 
     return check
+
+
+above_0_to_1 = number(0, 1, above=True)  # a strength: how much of the noise a picture gets
 
 
 def one_of(choices: Iterable[str]) -> Check:
@@ -4371,13 +4376,6 @@ def seed_or_random(name: str, value: Any) -> int:
     if value is None or (type(value) is int and value == -1):
         return secrets.randbelow(MAX_SEED)
     return int(number(0, MAX_SEED - 1, whole=True)(name, value))
-
-
-def strength_above_0(name: str, value: Any) -> float:
-    """A strength: how much of the noise a picture gets, up to 1."""
-    if (strength := number(0, 1)(name, value)) == 0:
-        raise InvalidInput(f"{name} must be above 0, got {shown(value)}")
-    return strength
 
 
 def picture_text(name: str, value: Any) -> str | None:
@@ -4421,7 +4419,7 @@ def entries(
 ) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     """A list's objects: the place, "loras[0]"; the object, which has one of the keys `ids` and maybe some `more`; its
     version id, which `civitai` or `air` tell, an AIR of one of these types."""
-    example = json.dumps({ids[0]: "...", more[0]: "..."})
+    example = json.dumps({"civitai": 135867} | ({"scale": 0.8} if "scale" in more else {"name": "word"}))
     if not isinstance(value, list):
         raise InvalidInput(f"{name} must be a list such as [{example}], got {shown(value)}")
     if len(value) > MAX_LISTED:
@@ -4439,8 +4437,9 @@ def entries(
                 form = f"urn:air:sdxl:{types[0]}:civitai:<model>@<version>, of a model for SDXL"
                 raise InvalidInput(f"{place}.air must be {form}, got {shown(item['air'])}")
         elif "civitai" in item:
-            digits = re.fullmatch("[0-9]{1,12}", item["civitai"]) if isinstance(item["civitai"], str) else None
-            given_id = int(digits[0]) if digits else item["civitai"]
+            given_id = item["civitai"]
+            if isinstance(given_id, str) and re.fullmatch(VERSION_ID, given_id):
+                given_id = int(given_id)
             version = str(number(1, 10**10 - 1, whole=True)(f"{place}.civitai", given_id))
         yield place, item, version
 
@@ -4469,8 +4468,10 @@ def embedding_list(name: str, value: Any) -> list[NamedModel]:
         called = item.get("name")
         if called is not None and not (isinstance(called, str) and re.fullmatch(EMBEDDING_NAME, called)):
             raise InvalidInput(f"{at}.name must be one word of letters, digits, _, - and ., got {shown(called)}")
-        if any(version == one.version or (called and called.lower() == (one.name or "").lower()) for one in listed):
-            raise InvalidInput(f"{at}: {called or ''} Civitai model version {version} is given twice")
+        if any(version == one.version for one in listed):
+            raise InvalidInput(f"{at}: Civitai model version {version} is given twice")
+        if called and any(called.lower() == (one.name or "").lower() for one in listed):
+            raise InvalidInput(f"{at}: the name {called} is given twice; its case does not count")
         listed.append(NamedModel(called, version))
     return listed
 
@@ -4488,7 +4489,7 @@ class Hires:
     """A job's second pass, as its field `hires` has it."""
 
     scale: float = job_field(number(1, 4))
-    strength: float = job_field(strength_above_0, 0.5)
+    strength: float = job_field(above_0_to_1, 0.5)
     steps: int = job_field(number(0, 150, whole=True), 0)  # 0: as the first pass
     upscaler: str = job_field(one_of(UPSCALERS), "latent")
 
@@ -4514,7 +4515,7 @@ class JobRequest:
     loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
     embeddings: tuple[NamedModel, ...] = job_field(embedding_list, None, answered=False)
     image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
-    strength: float | None = job_field(or_null(strength_above_0), None, also=("denoising_strength",))  # None: no image
+    strength: float | None = job_field(or_null(above_0_to_1), None, also=("denoising_strength",))  # None: no image
     mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
     mask_blur: int = job_field(number(0, 64, whole=True), 4, answered=False)
     hires: Hires | None = job_field(or_null(hires_pass), None)
@@ -4581,7 +4582,7 @@ def given_fields(
     if {"sampler_name", "scheduler"} <= given.keys() and "sampler" not in given:  # A1111's two, since version 1.9
         sampling = read_sampling("sampler_name with scheduler", given.pop("sampler_name"), given.pop("scheduler"))
         given["sampler"] = str(sampling)
-    if "parameters" in given:
+    if given.get("parameters") is not None:
         recipe, warnings = read_recipe(text_of(1, MAX_RECIPE)("parameters", given["parameters"]), settings)
         pictured = any(given.get(name) is not None for name in names["image"])
         for name in [name for name in (("hires",) if pictured else ("strength", "mask_blur")) if name in recipe]:
@@ -4602,8 +4603,8 @@ def check_prompt(name: str, prompt: str, warnings: list[str]) -> str:
     clean = well_formed(prompt)
     if clean != prompt:
         warnings.append(f"{name} held lone surrogates: each was replaced by U+FFFD")
-    if parse_recipe(clean)[2]:
-        raise InvalidInput(f"{name} ends in a picture's generation data: give that text, once, as parameters")
+    if any(parse_recipe(line)[2] for line in clean.split("\n")):
+        raise InvalidInput(f"{name} holds a picture's generation data: give that text, once, as parameters")
     try:
         parse_prompt(clean)
     except InvalidInput as error:
@@ -4988,11 +4989,21 @@ def serve_queue() -> None:
     sdk.rp_scale.JobScaler.start = lambda _: asyncio.run(jobs.serve())
     # 1.7.13 forks the models, threads and CUDA for its heartbeat, which outlives a killed worker and pings its jobs for
     # ever; and it keeps their ids in the working directory, where the next worker waits for them
-    sdk.rp_ping.Process = threading.Thread
+    sdk.rp_ping.Process, sdk.rp_ping.Heartbeat.process_loop = threading.Thread, keep_pinging
     sdk.worker_state.JobsProgress.get_job_list = lambda _: ",".join({job.id for job in [*jobs.held.values()]}) or None
     runpod.serverless.start({"handler": handler})
     sys.stdout.flush()
     os._exit(0)  # taking torch and CUDA apart can last for seconds, and for ever after the GPU was lost
+
+
+def keep_pinging(_test: bool) -> None:
+    """The SDK's heartbeat, anew whatever ends it: RunPod takes a worker that is silent for dead."""
+    while True:
+        try:
+            runpod.serverless.modules.rp_ping.Heartbeat().ping_loop()
+        except Exception:
+            log.exception("the heartbeat failed; it is started again")
+            time.sleep(1)
 
 
 def warm_up() -> int:

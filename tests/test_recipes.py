@@ -340,7 +340,7 @@ def test_a_prompt_that_is_a_recipe_is_refused(field, end):
     """Pasted into the wrong field: refused, with the hint; one that only speaks of steps is a prompt."""
     answer = handler.handler({"input": {"prompt": "a", field: SIMPLE + end}})
     assert answer["code"] == "INVALID_INPUT"
-    assert answer["error"] == f"{field} ends in a picture's generation data: give that text, once, as parameters"
+    assert answer["error"] == f"{field} holds a picture's generation data: give that text, once, as parameters"
     assert getattr(seams.parse({"prompt": "a", field: "Steps: up, down: no"}), field) == "Steps: up, down: no"
 
 

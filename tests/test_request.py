@@ -25,8 +25,8 @@ def refusal(**fields) -> str:
 
 
 def test_defaults():
-    """A prompt alone gives the contract's defaults and the configured stack."""
-    request = parse()
+    """A prompt alone gives the contract's defaults and the configured stack; a recipe that is null is none."""
+    request = parse(parameters=None)
     assert (request.negative_prompt, request.width, request.height, request.steps) == ("", 1024, 1024, 24)
     assert (request.guidance_scale, request.num_images, request.clip_skip, request.long_prompt) == (4.5, 1, 2, "blend")
     assert (str(request.scheduler), request.image_format, request.embed_metadata) == ("DPM++ 2M Karras", "png", True)
@@ -87,6 +87,19 @@ def test_the_limits_themselves_are_taken(field, good):
         ("prompt", "a (cat:100.5)", "prompt: a weight must be from -100 to 100, got '100.5'"),
         ("prompt", "a (cat:-101)", "prompt: a weight must be from -100 to 100, got '-101'"),
         ("negative_prompt", "(a:1000)", "negative_prompt: a weight must be from -100 to 100, got '1000'"),
+        *(
+            ("prompt", f"a (cat:{weight})", f"prompt: a weight must be from -100 to 100, got '{weight}'")
+            for weight in ("nan", "inf", "-Infinity", "1e400", "1e3")
+        ),
+        ("prompt", "a cat\nSteps: 2, Sampler: Euler a, Seed: 1\nand more", "prompt holds a picture's generation data"),
+        ("strength", 1.01, "strength must be above 0, up to 1, got 1.01"),
+        ("loras", "x", 'loras must be a list such as [{"civitai": 135867, "scale": 0.8}]'),
+        ("embeddings", [{"civitai": 5}, {"civitai": 5}], "embeddings[1]: Civitai model version 5 is given twice"),
+        (
+            "embeddings",
+            [{"civitai": 5, "name": "a"}, {"civitai": 6, "name": "A"}],
+            "embeddings[1]: the name A is given twice",
+        ),
         pytest.param("prompt", f"(a:{'9' * 400})", "prompt: a weight must be from -100 to 100", id="400 digits"),
         ("prompt", "((a:50):3)", "prompt: weights of nested brackets must multiply to at most 100, got 150"),
         ("prompt", "((a:-50):3)", "multiply to at most 100, got 150"),
@@ -114,6 +127,7 @@ def test_unknown_field_suggests_the_nearest():
     """A misspelt field is named, with the nearest field; one like none is named alone."""
     assert refusal(heigth=512) == "unknown field 'heigth'; did you mean \"height\"?"
     assert refusal(Steps=5) == "unknown field 'Steps'; did you mean \"steps\"?"
+    assert refusal(cfg=5) == "unknown field 'cfg'; did you mean \"cfg_scale\"?"
     assert refusal(zzzzzz=5) == "unknown field 'zzzzzz'"
 
 

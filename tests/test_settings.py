@@ -112,6 +112,7 @@ def test_stack_settings(monkeypatch):
     [
         ("CHECKPOINT", "jib mix", "CHECKPOINT must be a Civitai model version id such as 1590699, got 'jib mix'"),
         ("LORAS", "135867@big", "got '135867@big'"),
+        ("LORAS", "0", "got '0'"),
         ("CHECKPOINT", "0a1b2c3d4e5f60718293a4b5c6d7e8f9", "got an address, a key or another long text"),
         ("LORAS", "135867@11", "scale from -10 to 10"),
         ("LORAS", "135867@nan", "got '135867@nan'"),
