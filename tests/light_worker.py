@@ -7,6 +7,7 @@ The file "break" in the working directory says what goes wrong:
     hold       no job ends
     threadless no thread can be started for a job
     escape     the job raises
+    mute       the SDK's heartbeat raises
     object, nan, deep, cycle    the answer is nothing that JSON can carry
 """
 
@@ -56,6 +57,21 @@ async def to_thread(function: Callable[[], Any]) -> Any:
     return await to_a_thread(function)
 
 
+def break_the_heartbeat() -> None:
+    from runpod.serverless.modules.rp_ping import Heartbeat
+
+    send_ping = Heartbeat._send_ping
+
+    def send(self: Heartbeat) -> None:
+        if breakage() == "mute":
+            raise MemoryError
+        send_ping(self)
+
+    Heartbeat._send_ping = send
+
+
 if __name__ == "__main__":
+    seams.import_sdk()
+    break_the_heartbeat()
     to_a_thread, asyncio.to_thread = asyncio.to_thread, to_thread
     seams.serve_with(run)

@@ -423,6 +423,11 @@ def change_pipeline(change: Callable[[Any], None]) -> None:
     handler.build_pipeline = build_changed
 
 
+def import_sdk() -> None:
+    """Imports runpod as the worker does."""
+    handler.import_sdk()
+
+
 # --- pipeline
 
 

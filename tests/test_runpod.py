@@ -226,6 +226,16 @@ def test_progress_and_heartbeat(light, breaks):
     assert server.pings[-1].ids == []
 
 
+def test_a_heartbeat_that_fails_begins_anew(light, breaks):
+    """Whatever ends the SDK's heartbeat is logged, and pings come again."""
+    server, worker, _ = light
+    breaks("mute")
+    server.wait_for(lambda: "the heartbeat failed" in worker.log.read_text())
+    breaks("")
+    seen = len(server.pings)
+    server.wait_for(lambda: len(server.pings) >= seen + 2)
+
+
 def test_a_hanging_update_is_closed_before_the_result(light):
     """An update that RunPod does not answer is waited for 2 s at most, and its connection closed before the result."""
     server = light[0]
