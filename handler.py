@@ -123,11 +123,6 @@ def civitai_url(version: int | str, query: str = SAFETENSOR_QUERY) -> str:
     return f"{CIVITAI}/api/download/models/{version}?{query}"
 
 
-def lora_config(name: str, version: int, scale: float, filename: str) -> dict[str, Any]:
-    """One row of LORA_CONFIGS."""
-    return {"name": name, "url": civitai_url(version), "scale": scale, "filename": filename}
-
-
 def civitai_config(version: str) -> dict[str, Any]:
     """The config of a model that is known by its Civitai version id alone."""
     return {"name": f"civitai_{version}", "url": civitai_url(version), "filename": f"civitai_{version}.safetensors"}
@@ -139,15 +134,18 @@ CHECKPOINT_CONFIG = {
     "filename": "jib_mix_illustrious_realistic_v2.safetensors",
 }
 LORA_CONFIGS = [
-    lora_config("Detail Tweaker XL", 135867, 1.5, "detail_tweaker_xl.safetensors"),
-    lora_config("Hand Detail FLUX & XL", 294259, 1.0, "hand_detail_flux_xl.safetensors"),
-    lora_config("Boring Reality primaryV3.0", 348625, 0.3, "boring_reality_v3.safetensors"),
-    lora_config("Boring Reality primaryV4.0", 348837, 0.4, "boring_reality_v4.safetensors"),
-    lora_config("epiCRealismXL-KiSS Enhancer", 1051156, 1.0, "epicrealism_xl_kiss.safetensors"),
-    lora_config("Dramatic Lighting Slider", 1242203, 1.0, "dramatic_lighting_slider.safetensors"),
-    lora_config("Pony Realism Slider", 1253021, 3.0, "pony_realism_slider.safetensors"),
-    lora_config("Amateur style - slider (Pony)", 1594293, 1.0, "amateur_style_slider.safetensors"),
-    lora_config("Real Skin Slider", 1681921, 1.0, "real_skin_slider.safetensors"),
+    {"name": name, "url": civitai_url(version), "scale": scale, "filename": filename}
+    for name, version, scale, filename in (
+        ("Detail Tweaker XL", 135867, 1.5, "detail_tweaker_xl.safetensors"),
+        ("Hand Detail FLUX & XL", 294259, 1.0, "hand_detail_flux_xl.safetensors"),
+        ("Boring Reality primaryV3.0", 348625, 0.3, "boring_reality_v3.safetensors"),
+        ("Boring Reality primaryV4.0", 348837, 0.4, "boring_reality_v4.safetensors"),
+        ("epiCRealismXL-KiSS Enhancer", 1051156, 1.0, "epicrealism_xl_kiss.safetensors"),
+        ("Dramatic Lighting Slider", 1242203, 1.0, "dramatic_lighting_slider.safetensors"),
+        ("Pony Realism Slider", 1253021, 3.0, "pony_realism_slider.safetensors"),
+        ("Amateur style - slider (Pony)", 1594293, 1.0, "amateur_style_slider.safetensors"),
+        ("Real Skin Slider", 1681921, 1.0, "real_skin_slider.safetensors"),
+    )
 ]
 VAE_MODEL = "madebyollin/sdxl-vae-fp16-fix"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -155,8 +153,8 @@ MAX_LORA_SCALE = 10.0
 EMBEDDING_NAME = r"[\w.-]{1,100}"  # a prompt uses it as a word
 VERSION_ID = "[1-9][0-9]{0,11}"  # of a model version at Civitai
 # Civitai's names of model versions, urn:air:<ecosystem>:<type>:civitai:<model>@<version>; these are made for SDXL
-AIR = re.compile(rf"urn:air:(\w+):(\w+):civitai:[0-9]{{1,12}}@({VERSION_ID})", re.IGNORECASE)
-AIR_ECOSYSTEMS = ("sdxl", "sdxldistilled", "sdxllightning", "pony", "illustrious", "noobai")
+AIR_ECOSYSTEMS = "sdxl|sdxldistilled|sdxllightning|pony|illustrious|noobai"
+AIR = re.compile(rf"urn:air:(?:{AIR_ECOSYSTEMS}):(\w+):civitai:[0-9]{{1,12}}@({VERSION_ID})", re.IGNORECASE)
 LORA_TYPES, EMBEDDING_TYPES = ("lora", "lycoris", "locon", "dora"), ("embedding", "textualinversion")
 
 
@@ -170,9 +168,7 @@ def read_air(air: Any) -> tuple[str, str]:
     """Type and version id of a model for SDXL: "urn:air:sdxl:lora:civitai:1@135867" -> ("lora", "135867"); twice "" for
     anything else."""
     found = AIR.fullmatch(air) if isinstance(air, str) else None
-    if not found or found[1].lower() not in AIR_ECOSYSTEMS:
-        return "", ""
-    return found[2].lower(), found[3]
+    return (found[1].lower(), found[2]) if found else ("", "")
 
 
 def sanitize_name(name: str) -> str:
@@ -305,11 +301,9 @@ def parse_number(
     environ: Mapping[str, str], name: str, default: float, low: float, high: float, whole: bool = False
 ) -> float:
     """A number within [low, high]; an empty setting is the default."""
-    text = environ.get(name) or str(default)
-    try:
+    text, value = environ.get(name) or str(default), math.nan
+    with suppress(ValueError):
         value = int(text) if whole else float(text)
-    except ValueError:
-        value = math.nan
     if not low <= value <= high:
         kind = "whole number" if whole else "number"
         raise SetupFailed(f"{name} must be a {kind} from {low:g} to {high:g}, got {quoted(text)}")
@@ -482,10 +476,8 @@ def gpu_is_lost() -> bool:
         return False
     try:
         torch.ones(1, device="cuda").item()
-    except torch.OutOfMemoryError:  # full of other jobs' tensors, but alive
-        return False
-    except RuntimeError:
-        return True
+    except RuntimeError as error:
+        return not is_out_of_memory(error)  # full of other jobs' tensors, but alive
     return False
 
 
@@ -691,8 +683,8 @@ class Store:
     def check_space(self) -> None:
         """Refuses what does not fit together, by what each file still needs. Raises DownloadError."""
         volumes: dict[int, tuple[Path, dict[Download, float]]] = {}
-        sized = [one for one in self.downloads if one.source.size != math.inf and not one.fetched]
-        for download in {one.path: one for one in sized}.values():  # several may be for one file
+        sized = {one.path: one for one in self.downloads if one.source.size != math.inf and not one.fetched}
+        for download in sized.values():  # one a file, which several may be for
             missing = download.source.size
             for file in (download.path, *left_of(download.path)):  # parts are resumed or deleted, a file is replaced
                 with suppress(FileNotFoundError):
