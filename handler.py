@@ -1146,14 +1146,11 @@ class Part:
         return digest.hexdigest()
 
     def publish(self, sha256: str, name: str) -> None:
-        """Gives the file its name, with every byte on the disk before. name: the one at Civitai."""
+        """Gives the file its name (one lost in a crash leaves the part), with every byte on the disk before. name: the
+        one at Civitai."""
         os.fsync(self.bytes.fileno())
         write_record(self.path, os.fstat(self.bytes.fileno()), sha256, name)
         self.data.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some network file systems cannot make a rename last, and need not
-            os.fsync(folder)
-        os.close(folder)
         for file in left_of(self.path):
             file.unlink(missing_ok=True)
 
