@@ -172,10 +172,8 @@ def read_air(air: Any) -> tuple[str, str]:
 
 
 def sanitize_name(name: str) -> str:
-    """A PEFT-safe adapter name: "Hand Detail FLUX & XL" -> "hand_detail_flux_xl", "" -> "adapter".
-
-    PEFT keeps adapters in a ModuleDict, whose keys may not hold a dot.
-    """
+    """A key for PEFT's ModuleDict, which may hold no dot: "Hand Detail FLUX & XL" -> "hand_detail_flux_xl", "" ->
+    "adapter"."""
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_") or "adapter"
 
 
@@ -377,10 +375,8 @@ def parse_bucket(environ: Mapping[str, str]) -> Bucket | None:
 
 
 class WorkerError(Exception):
-    """A failure with a code of its own. The message goes to the client: no path, key or traceback in it.
-
-    detail is for the log alone: paths, and what a library said.
-    """
+    """A failure with a code of its own. The message goes to the client: no path, key or traceback in it. detail is for
+    the log alone: paths, and what a library said."""
 
     code = "GENERATION_FAILED"
     refresh_worker = False
@@ -472,10 +468,9 @@ def explain(error: Exception) -> WorkerError:
 
 def gpu_is_lost() -> bool:
     """After a CUDA error that is sticky, such as an illegal address, every later call of the process fails too."""
-    if not torch.cuda.is_available():
-        return False
     try:
-        torch.ones(1, device="cuda").item()
+        if torch.cuda.is_available():
+            torch.ones(1, device="cuda").item()
     except RuntimeError as error:
         return not is_out_of_memory(error)  # full of other jobs' tensors, but alive
     return False
@@ -547,19 +542,15 @@ def setup_models() -> tuple[Path, dict[str, Path]]:
 
 
 def ensure_model_exists(config: dict[str, Any], model_dir: Path) -> Path:
-    """The path of the config's file in model_dir, fetched where it is missing or unusable.
-
-    config: {"name", "url", "filename"}, and "sha256" where the file must have it. Raises DownloadError.
-    """
+    """The path of the config's file in model_dir, fetched where it is missing or unusable. Raises DownloadError.
+    config: {"name", "url", "filename"}, and "sha256" where the file must have it."""
     store = Store(Settings.from_environ())
     return store.ensure(Download(store, config, Path(model_dir)))
 
 
 def download_file(url: str, filepath: Path) -> None:
-    """Fetches a file, from Civitai or any other server, whether or not one is in place already.
-
-    Raises DownloadError; filepath never holds a partial or wrong file.
-    """
+    """Fetches a file, from Civitai or any other server, whether or not one is in place already. Raises DownloadError;
+    filepath never holds a partial or wrong file."""
     store, path = Store(Settings.from_environ()), Path(filepath)
     download = Download(store, {"name": path.name, "url": url, "filename": path.name}, path.parent)
     with suppress(OSError):  # there is none, or the store cannot be used, which ensure says
@@ -601,11 +592,8 @@ class Store:
 
     def fetch_for_job(self, config: dict[str, Any], folder: Path) -> Path:
         """The path of a model that a job names by its version id, fetched where it is not in place; for many threads
-        at once. It is to be read at once: the file goes when another job's needs its room.
-
-        config: civitai_config(version). folder: the LoRAs' or the embeddings', which tells what the model must be.
-        Raises InvalidInput where the limits or Civitai's listing refuse it, DownloadFailed where it cannot be had.
-        """
+        at once. It is to be read at once: the file goes when another job's needs its room. Raises InvalidInput where
+        the limits or Civitai's listing refuse it for its folder, DownloadFailed where it cannot be had."""
         for known in LORA_CONFIGS:  # whose file has a name of its own
             if version_id(known) == version_id(config) and (folder / known["filename"]).exists():
                 config = known
@@ -629,11 +617,8 @@ class Store:
 
     def admit(self, download: Download, kind: str) -> None:
         """Makes room for a job's file, which its mark keeps from now on: of the idle ones that jobs have brought the
-        least recently used go. Raises InvalidInput for another kind than its folder holds and for a file that is too
-        large, DownloadFailed where its size is unknown or there is no room.
-
-        kind: its model's type at Civitai, "" where unknown.
-        """
+        least recently used go. kind: its model's type at Civitai, "" where unknown. Raises InvalidInput for another
+        than its folder holds and for a file too large, DownloadFailed where its size is unknown or there is no room."""
         path, size, limit = download.path, download.source.size, self.settings.job_models_bytes
         wanted = ("LORA", "LoCon", "DoRA") if path.parent == self.settings.lora_dir else ("TextualInversion",)
         if kind not in ("", "Other", *wanted):
