@@ -2502,9 +2502,10 @@ class Tokenizer:
             self.known[text] = found
         return self.known[text]
 
-    def size(self, text: str) -> int:
-        """How many of a chunk's tokens a text takes up."""
-        return max(map(len, self(text)))
+
+def size_of(tokens: Tokens) -> int:
+    """How many of a chunk's tokens a text takes up."""
+    return max(map(len, tokens))
 
 
 # chunks
@@ -2519,11 +2520,6 @@ class Piece:
     weight: float = 1.0
     continues: bool = False  # goes on with the word of the piece before
 
-    @property
-    def size(self) -> int:
-        """Tokens that it takes up in a chunk."""
-        return max(map(len, self.tokens))
-
 
 def cut_pieces(tokenize: Tokenizer, text: str, max_tokens: int, weight: float = 1.0) -> Iterator[Piece]:
     """Pieces of at most max_tokens, whose texts, joined, are the text, and whose tokens, joined, are its tokens.
@@ -2532,7 +2528,7 @@ def cut_pieces(tokenize: Tokenizer, text: str, max_tokens: int, weight: float = 
     between its words (Chinese and tag lists have no spaces), a longer word between its characters.
     """
     for part in BORDER.split(text):
-        for word in [part] if tokenize.size(part) <= max_tokens else cut_words(tokenize, part):
+        for word in [part] if size_of(tokenize(part)) <= max_tokens else cut_words(tokenize, part):
             for i, piece in enumerate(cut_characters(tokenize, word, max_tokens)):
                 yield Piece(piece, tokenize(piece), weight, continues=i > 0)
 
@@ -2563,7 +2559,7 @@ def cut_words(tokenize: Tokenizer, text: str) -> list[str]:
 
 def cut_characters(tokenize: Tokenizer, word: str, max_tokens: int) -> list[str]:
     """[word], or where that is longer than max_tokens about equal parts that are not: only ids at the cuts change."""
-    size = tokenize.size(word)
+    size = size_of(tokenize(word))
     if size <= max_tokens or len(word) == 1:
         return [word]
     length = math.ceil(len(word) / math.ceil(1.1 * size / max_tokens))  # a tenth to spare: cuts cost tokens
@@ -2581,15 +2577,14 @@ def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
     chunk: list[Piece] = []
     size = 0
     for piece in pieces:
-        if size and (piece.continues or size + piece.size > max_tokens):
-            kept = len(chunk) if piece.continues else clause_end(chunk, max_tokens - piece.size)
+        tokens = size_of(piece.tokens)
+        if size and tokens and (piece.continues or size + tokens > max_tokens):  # what CLIP ignores starts none
+            kept = len(chunk) if piece.continues else clause_end(chunk, max_tokens - tokens)
             chunks.append(chunk[:kept])
             chunk = chunk[kept:]
-            size = sum(moved.size for moved in chunk)
+            size = sum(size_of(moved.tokens) for moved in chunk)
         chunk.append(piece)
-        size += piece.size
-    if chunks and not size:  # characters that CLIP ignores
-        return [*chunks[:-1], chunks[-1] + chunk]
+        size += tokens
     return [*chunks, chunk] if size else []
 
 
@@ -2600,7 +2595,7 @@ def clause_end(chunk: list[Piece], room: int) -> int:
     for kept in range(len(chunk), 0, -1):
         if CLAUSE_END.search(chunk[kept - 1].text):
             return kept
-        moved += chunk[kept - 1].size
+        moved += size_of(chunk[kept - 1].tokens)
         if moved >= CLAUSE_TOKENS or moved > room:
             break
     return len(chunk)
@@ -2839,7 +2834,7 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
     if not 1 <= max_tokens <= CHUNK_TOKENS:
         raise ValueError(f"max_tokens must be from 1 to {CHUNK_TOKENS}, got {max_tokens}")
     tokenize, prompt = Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
-    if tokenize.size(prompt) <= CHUNK_TOKENS:
+    if size_of(tokenize(prompt)) <= CHUNK_TOKENS:
         return None, None
     chunks = pack_chunks(cut_pieces(tokenize, prompt, max_tokens), max_tokens)
     with torch.no_grad():
