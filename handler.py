@@ -2631,11 +2631,8 @@ def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[lis
 
 # states
 
-Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
-Chunks = tuple[Any, Any, Any, list[tuple[int, int]]]  # what encode_chunks makes of n chunks
 
-
-def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
+def put_vectors(part: str, windows: list[tuple[int | Vector, ...]]) -> Callable[..., Any]:
     """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
     places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
@@ -2650,7 +2647,7 @@ def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
     return put
 
 
-def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> Chunks:
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, ...]:
     """All chunks in one batch through each text encoder, equal ones once.
 
     Returns each encoder's weighted states, (n, 77, 768) and (n, 77, 1280); the second's pooled vectors (n, 1280), never
@@ -2661,8 +2658,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
     device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
     encoders = ((pipe.tokenizer, pipe.text_encoder, "clip_l"), (pipe.tokenizer_2, pipe.text_encoder_2, "clip_g"))
     for k, (tokenizer, encoder, part) in enumerate(encoders):
-        # 1. windows: in place of vectors an ordinary id, since EOS or one above it would move the pooled vector
-        [ordinary] = tokenizer.convert_tokens_to_ids(["a</w>"])
+        # 1. windows
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
@@ -2679,7 +2675,8 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         distinct, found = list(place), []
         for start in range(0, len(distinct), CHUNKS_AT_ONCE):
             batch = distinct[start : start + CHUNKS_AT_ONCE]
-            ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
+            # in place of vectors id 0, since EOS or one above it would move the pooled vector
+            ids = [[token if isinstance(token, int) else 0 for token in window] for window in batch]
             with encoder.get_input_embeddings().register_forward_hook(put_vectors(part, batch)):
                 output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)
             found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
