@@ -2797,7 +2797,7 @@ def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
 class Encoded:
     """One prompt as the UNet takes it."""
 
-    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated; None for no negative prompt at all
+    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated
     pooled: Any  # (1, 1280)
     chunks: int  # 0 for an empty negative prompt
 
@@ -2847,7 +2847,7 @@ class Conditioning:
     """Both prompts of a job."""
 
     prompt: Encoded
-    negative: Encoded  # of the same shape; without guidance its tensors are None
+    negative: Encoded  # of the same shape
     warnings: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # the names of those that were used
 
@@ -2863,11 +2863,12 @@ class PromptEncoder:
         """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on, embeddings,
         by their names, are what the prompts may use.
 
-        An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
+        A negative prompt that is empty (nothing but white space and LoRA tags) is zeros, as SDXL was trained; so is one
+        that is not used, without guidance.
         """
         marks = {chr(0xD800 + i): embedding for i, embedding in enumerate(embeddings.values())}
-        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
-        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
+        prompts = {"prompt": request.prompt}
+        if request.guidance_scale > 1 and split_lora_tags(request.negative_prompt)[0].strip():
             prompts["negative prompt"] = request.negative_prompt
         prompts = {name: mark_embeddings(split_lora_tags(text)[0], marks) for name, text in prompts.items()}
         text, warnings = "\n".join(prompts.values()), []
@@ -2879,10 +2880,8 @@ class PromptEncoder:
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
         if rest:
             positive, negative = match_lengths(positive, rest[0], encode)
-        elif guidance:
-            negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         else:
-            negative = Encoded(None, None, 0)
+            negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         used = tuple(embedding.name for mark, embedding in marks.items() if mark in text)
         return Conditioning(positive, negative, tuple(warnings), used)
 
