@@ -2378,11 +2378,8 @@ def embedding_use(names: str) -> re.Pattern[str]:
 
 
 def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
-    """The prompt with a mark for each use of an embedding: its name as a whole word, or as "embedding:name".
-
-    "(negativeXL_D:1.2), bad" -> "(\\ud800:1.2), bad". Case does not count, the longest name wins, and a backslash makes
-    the name a word like others.
-    """
+    """The prompt with a mark for each use of an embedding: "(negativeXL_D:1.2), bad" -> "(\\ud800:1.2), bad". The
+    longest name wins, and a backslash makes the name a word like others."""
     if not marks:
         return prompt
     longest = sorted(marks, key=lambda mark: len(marks[mark].name), reverse=True)
@@ -2486,18 +2483,17 @@ class Tokenizer:
         self.special = set(tokenizers[0].all_special_tokens)
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
-        self.vectors = {
-            mark: [(embedding, index) for index in range(len(embedding.clip_l))]
-            for mark, embedding in (marks or {}).items()
-        }
+        self.marks = marks or {}
         self.known: dict[str, Tokens] = {}
 
     def __call__(self, text: str) -> Tokens:
         if text not in self.known:
             found: Tokens = tuple([] for _ in self.tokenizers)
             for part in MARK.split(text):
+                embedding = self.marks.get(part)
+                vectors = [(embedding, index) for index in range(len(embedding.clip_l))] if embedding else None
                 for row, tokenizer in zip(found, self.tokenizers, strict=True):
-                    tokens = self.vectors.get(part) or tokenizer.tokenize(part)
+                    tokens = vectors or tokenizer.tokenize(part)
                     row += [t for token in tokens for t in self.words.get(token, [token])]
             self.known[text] = found
         return self.known[text]
