@@ -3505,21 +3505,6 @@ def build_diffusers_scheduler(sampling: Sampling, config: Mapping[str, Any], ste
     return getattr(diffusers, kind).from_config(config, **changes)
 
 
-@contextmanager
-def float32_outside(pipe: Any) -> Iterator[None]:
-    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type. In
-    the end the pipeline has its own scheduler again, and with it nothing of the run's tensors."""
-    own_scheduler, unet = pipe.scheduler, pipe.unet
-    with (
-        unet.register_forward_pre_hook(lambda _unet, args: (args[0].to(unet.dtype), *args[1:])),
-        unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:])),
-    ):
-        try:
-            yield
-        finally:
-            pipe.scheduler = own_scheduler
-
-
 @dataclass(frozen=True)
 class Pass:
     """One run of a sampler: the last `run` steps of a schedule of `steps`, from noise, or from latents with as much
@@ -3554,8 +3539,9 @@ def denoise(
 ) -> Any:
     """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch.
     on_step is told how many of the pass's steps were launched."""
-    pipe, sampling, config = engine.pipe, request.scheduler, engine.scheduler_config
-    shape = (pipe.unet.config.in_channels, stage.height // 8, stage.width // 8)
+    pipe = copy.copy(engine.pipe)  # it gets the run's scheduler, and goes with the run's tensors
+    unet, sampling, config = pipe.unet, request.scheduler, engine.scheduler_config
+    shape = (unet.config.in_channels, stage.height // 8, stage.width // 8)
     streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
     latents = torch.stack([draw() for draw in streams])
     if request.eta_noise_seed_delta:
@@ -3565,7 +3551,12 @@ def denoise(
         on_step((step + 1) * stage.run // pipe.num_timesteps)  # Heun takes two a step
         return {}
 
-    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe):
+    with (
+        ThreadPoolExecutor(1, "noise") as pool,
+        # the UNet takes float32 latents and gives float32: guidance and sampler do not round to its own type
+        unet.register_forward_pre_hook(lambda _unet, args: (args[0].to(unet.dtype), *args[1:])),
+        unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:])),
+    ):
         if sampling.schedule:
             scheduler = SamplerAsScheduler(sampling, stage.steps, config, stage.run)
             if scheduler.sampler.brownian:
