@@ -3268,16 +3268,12 @@ class Sampling:
     """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
 
     name: str  # of SAMPLERS
+    sampler: Sampler
     schedule: str  # of SCHEDULES; "" where diffusers' class runs
 
     def __str__(self) -> str:
         plain = self.schedule == "Uniform" and not self.sampler.diffusers
         return self.name if plain else f"{self.name} {self.schedule}".strip()
-
-    @property
-    def sampler(self) -> Sampler:
-        """How it is run."""
-        return SAMPLERS[self.name]
 
     @property
     def instead(self) -> str:
@@ -3301,7 +3297,7 @@ def known_samplings() -> dict[str, Sampling]:
         if sampler.run and sampler.uniform != "leading":
             schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
         schedules[""] = "" if sampler.diffusers else "Uniform"
-        known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
+        known |= {spelling(name + given): Sampling(name, sampler, schedule) for given, schedule in schedules.items()}
     return known
 
 
@@ -3404,9 +3400,6 @@ class BrownianTree:
         return self._known[wanted]
 
 
-DRAWN_AHEAD = 4  # steps; more would only take memory
-
-
 def drawn_ahead(
     pool: ThreadPoolExecutor, streams: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
 ) -> Iterator[Any]:
@@ -3424,7 +3417,7 @@ def drawn_ahead(
             yield noise
 
     left = iter(requests)
-    pending = deque(pool.submit(draw, request) for request in islice(left, DRAWN_AHEAD))
+    pending = deque(pool.submit(draw, request) for request in islice(left, 4))  # more would only take memory
     return take()
 
 
