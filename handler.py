@@ -3228,6 +3228,7 @@ class Sampler:
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 LINSPACE = {"timestep_spacing": "linspace"}
 DDIM = ("DDIMScheduler", LEADING | {"clip_sample": False})
+SINGLESTEP = ("DPMSolverSinglestepScheduler", {"lower_order_final": True})
 PNDM = Sampler(diffusers=("PNDMScheduler", LEADING | {"skip_prk_steps": True}), instead="LMS")
 K_EULER = Sampler(sample_euler, uniform="leading", starts_at_sigma=False, instead="Euler")
 SAMPLERS = {
@@ -3252,9 +3253,7 @@ SAMPLERS = {
     # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
     "PNDM": PNDM,
     "DPMSolverMultistep": Sampler(diffusers=("DPMSolverMultistepScheduler", {}), instead="DPM++ 2M"),
-    "DPMSolverSinglestep": Sampler(
-        diffusers=("DPMSolverSinglestepScheduler", {"lower_order_final": True}), instead="DPM++ 2M"
-    ),
+    "DPMSolverSinglestep": Sampler(diffusers=SINGLESTEP, instead="DPM++ 2M"),
     "K_EULER": K_EULER,
     "K_EULER_ANCESTRAL": replace(K_EULER, run=functools.partial(sample_euler, eta=1), instead="Euler a"),
 }
