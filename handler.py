@@ -2352,11 +2352,8 @@ def embedding_use(names: str) -> re.Pattern[str]:
 
 
 def mark_embeddings(prompt: str, marks: Mapping[str, Embedding]) -> str:
-    """The prompt with a mark for each use of an embedding: its name as a whole word, or as "embedding:name".
-
-    "(negativeXL_D:1.2), bad" -> "(\\ud800:1.2), bad". Case does not count, the longest name wins, and a backslash makes
-    the name a word like others.
-    """
+    """The prompt with a mark for each use of an embedding: "(negativeXL_D:1.2), bad" -> "(\\ud800:1.2), bad". The
+    longest name wins, and a backslash makes the name a word like others."""
     if not marks:
         return prompt
     longest = sorted(marks, key=lambda mark: len(marks[mark].name), reverse=True)
@@ -2460,25 +2457,25 @@ class Tokenizer:
         self.special = set(tokenizers[0].all_special_tokens)
         special = ("<|startoftext|>", "<|endoftext|>") if special_as_text else ()
         self.words = {token: self.tokenizers[0].tokenize(f"<| {token[2:-2]} |>") for token in special}
-        self.vectors = {
-            mark: [(embedding, index) for index in range(len(embedding.clip_l))]
-            for mark, embedding in (marks or {}).items()
-        }
+        self.marks = marks or {}
         self.known: dict[str, Tokens] = {}
 
     def __call__(self, text: str) -> Tokens:
         if text not in self.known:
             found: Tokens = tuple([] for _ in self.tokenizers)
             for part in MARK.split(text):
+                embedding = self.marks.get(part)
+                vectors = [(embedding, index) for index in range(len(embedding.clip_l))] if embedding else None
                 for row, tokenizer in zip(found, self.tokenizers, strict=True):
-                    tokens = self.vectors.get(part) or tokenizer.tokenize(part)
+                    tokens = vectors or tokenizer.tokenize(part)
                     row += [t for token in tokens for t in self.words.get(token, [token])]
             self.known[text] = found
         return self.known[text]
 
-    def size(self, text: str) -> int:
-        """How many of a chunk's tokens a text takes up."""
-        return max(map(len, self(text)))
+
+def size_of(tokens: Tokens) -> int:
+    """How many of a chunk's tokens a text takes up."""
+    return max(map(len, tokens))
 
 
 # chunks
@@ -2493,11 +2490,6 @@ class Piece:
     weight: float = 1.0
     continues: bool = False  # goes on with the word of the piece before
 
-    @property
-    def size(self) -> int:
-        """Tokens that it takes up in a chunk."""
-        return max(map(len, self.tokens))
-
 
 def cut_pieces(tokenize: Tokenizer, text: str, max_tokens: int, weight: float = 1.0) -> Iterator[Piece]:
     """Pieces of at most max_tokens, whose texts, joined, are the text, and whose tokens, joined, are its tokens.
@@ -2506,7 +2498,7 @@ def cut_pieces(tokenize: Tokenizer, text: str, max_tokens: int, weight: float = 
     between its words (Chinese and tag lists have no spaces), a longer word between its characters.
     """
     for part in BORDER.split(text):
-        for word in [part] if tokenize.size(part) <= max_tokens else cut_words(tokenize, part):
+        for word in [part] if size_of(tokenize(part)) <= max_tokens else cut_words(tokenize, part):
             for i, piece in enumerate(cut_characters(tokenize, word, max_tokens)):
                 yield Piece(piece, tokenize(piece), weight, continues=i > 0)
 
@@ -2537,7 +2529,7 @@ def cut_words(tokenize: Tokenizer, text: str) -> list[str]:
 
 def cut_characters(tokenize: Tokenizer, word: str, max_tokens: int) -> list[str]:
     """[word], or where that is longer than max_tokens about equal parts that are not: only ids at the cuts change."""
-    size = tokenize.size(word)
+    size = size_of(tokenize(word))
     if size <= max_tokens or len(word) == 1:
         return [word]
     length = math.ceil(len(word) / math.ceil(1.1 * size / max_tokens))  # a tenth to spare: cuts cost tokens
@@ -2555,15 +2547,14 @@ def pack_chunks(pieces: Iterable[Piece], max_tokens: int) -> list[list[Piece]]:
     chunk: list[Piece] = []
     size = 0
     for piece in pieces:
-        if size and (piece.continues or size + piece.size > max_tokens):
-            kept = len(chunk) if piece.continues else clause_end(chunk, max_tokens - piece.size)
+        tokens = size_of(piece.tokens)
+        if size and tokens and (piece.continues or size + tokens > max_tokens):  # what CLIP ignores starts none
+            kept = len(chunk) if piece.continues else clause_end(chunk, max_tokens - tokens)
             chunks.append(chunk[:kept])
             chunk = chunk[kept:]
-            size = sum(moved.size for moved in chunk)
+            size = sum(size_of(moved.tokens) for moved in chunk)
         chunk.append(piece)
-        size += piece.size
-    if chunks and not size:  # characters that CLIP ignores
-        return [*chunks[:-1], chunks[-1] + chunk]
+        size += tokens
     return [*chunks, chunk] if size else []
 
 
@@ -2574,7 +2565,7 @@ def clause_end(chunk: list[Piece], room: int) -> int:
     for kept in range(len(chunk), 0, -1):
         if CLAUSE_END.search(chunk[kept - 1].text):
             return kept
-        moved += chunk[kept - 1].size
+        moved += size_of(chunk[kept - 1].tokens)
         if moved >= CLAUSE_TOKENS or moved > room:
             break
     return len(chunk)
@@ -2610,11 +2601,8 @@ def chunk_prompt(tokenize: Tokenizer, prompt: str, long_prompt: str) -> list[lis
 
 # states
 
-Window = tuple[int | Vector, ...]  # what a text encoder gets for a chunk: 77 ids, or vectors in their place
-Chunks = tuple[Any, Any, Any, list[tuple[int, int]]]  # what encode_chunks makes of n chunks
 
-
-def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
+def put_vectors(part: str, windows: list[tuple[int | Vector, ...]]) -> Callable[..., Any]:
     """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
     places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
@@ -2629,7 +2617,7 @@ def put_vectors(part: str, windows: list[Window]) -> Callable[..., Any]:
     return put
 
 
-def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> Chunks:
+def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis: str) -> tuple[Any, ...]:
     """All chunks in one batch through each text encoder, equal ones once.
 
     Returns each encoder's weighted states, (n, 77, 768) and (n, 77, 1280); the second's pooled vectors (n, 1280), never
@@ -2640,8 +2628,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
     device, dtype = pipe._execution_device, pipe.text_encoder_2.dtype
     encoders = ((pipe.tokenizer, pipe.text_encoder, "clip_l"), (pipe.tokenizer_2, pipe.text_encoder_2, "clip_g"))
     for k, (tokenizer, encoder, part) in enumerate(encoders):
-        # 1. windows: in place of vectors an ordinary id, since EOS or one above it would move the pooled vector
-        [ordinary] = tokenizer.convert_tokens_to_ids(["a</w>"])
+        # 1. windows
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
@@ -2658,7 +2645,8 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         distinct, found = list(place), []
         for start in range(0, len(distinct), CHUNKS_AT_ONCE):
             batch = distinct[start : start + CHUNKS_AT_ONCE]
-            ids = [[token if isinstance(token, int) else ordinary for token in window] for window in batch]
+            # in place of vectors id 0, since EOS or one above it would move the pooled vector
+            ids = [[token if isinstance(token, int) else 0 for token in window] for window in batch]
             with encoder.get_input_embeddings().register_forward_hook(put_vectors(part, batch)):
                 output = encoder(torch.tensor(ids, device=device), output_hidden_states=True)
             found.append((output.hidden_states[-clip_skip], output[0]))  # output[0]: of the second, text_embeds
@@ -2779,7 +2767,7 @@ def group_alike(likeness: Any, sizes: Any, norms: Any, most: int) -> Any:
 class Encoded:
     """One prompt as the UNet takes it."""
 
-    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated; None for no negative prompt at all
+    embeds: Any  # (1, 77, 2048); (1, 77·n, 2048) where n chunks were concatenated
     pooled: Any  # (1, 1280)
     chunks: int  # 0 for an empty negative prompt
 
@@ -2813,7 +2801,7 @@ def long_prompt_to_embedding(pipe: Any, prompt: str, max_tokens: int = CHUNK_TOK
     if not 1 <= max_tokens <= CHUNK_TOKENS:
         raise ValueError(f"max_tokens must be from 1 to {CHUNK_TOKENS}, got {max_tokens}")
     tokenize, prompt = Tokenizer(pipe.tokenizer, pipe.tokenizer_2, special_as_text=True), well_formed(prompt)
-    if tokenize.size(prompt) <= CHUNK_TOKENS:
+    if size_of(tokenize(prompt)) <= CHUNK_TOKENS:
         return None, None
     chunks = pack_chunks(cut_pieces(tokenize, prompt, max_tokens), max_tokens)
     with torch.no_grad():
@@ -2829,7 +2817,7 @@ class Conditioning:
     """Both prompts of a job."""
 
     prompt: Encoded
-    negative: Encoded  # of the same shape; without guidance its tensors are None
+    negative: Encoded  # of the same shape
     warnings: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # the names of those that were used
 
@@ -2845,11 +2833,12 @@ class PromptEncoder:
         """Both prompts, in one batch for each text encoder; stack is what the encoders' weights depend on, embeddings,
         by their names, are what the prompts may use.
 
-        An empty negative prompt (nothing but white space and LoRA tags) is zeros, as SDXL was trained.
+        A negative prompt that is empty (nothing but white space and LoRA tags) is zeros, as SDXL was trained; so is one
+        that is not used, without guidance.
         """
         marks = {chr(0xD800 + i): embedding for i, embedding in enumerate(embeddings.values())}
-        prompts, guidance = {"prompt": request.prompt}, request.guidance_scale > 1
-        if guidance and split_lora_tags(request.negative_prompt)[0].strip():
+        prompts = {"prompt": request.prompt}
+        if request.guidance_scale > 1 and split_lora_tags(request.negative_prompt)[0].strip():
             prompts["negative prompt"] = request.negative_prompt
         prompts = {name: mark_embeddings(split_lora_tags(text)[0], marks) for name, text in prompts.items()}
         text, warnings = "\n".join(prompts.values()), []
@@ -2861,10 +2850,8 @@ class PromptEncoder:
         positive, *rest = [prompt.to(self.pipe._execution_device) for prompt in encoded]
         if rest:
             positive, negative = match_lengths(positive, rest[0], encode)
-        elif guidance:
-            negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         else:
-            negative = Encoded(None, None, 0)
+            negative = Encoded(torch.zeros_like(positive.embeds), torch.zeros_like(positive.pooled), 0)
         used = tuple(embedding.name for mark, embedding in marks.items() if mark in text)
         return Conditioning(positive, negative, tuple(warnings), used)
 
@@ -3215,6 +3202,7 @@ class Sampler:
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 LINSPACE = {"timestep_spacing": "linspace"}
 DDIM = ("DDIMScheduler", LEADING | {"clip_sample": False})
+SINGLESTEP = ("DPMSolverSinglestepScheduler", {"lower_order_final": True})
 PNDM = Sampler(diffusers=("PNDMScheduler", LEADING | {"skip_prk_steps": True}), instead="LMS")
 K_EULER = Sampler(sample_euler, uniform="leading", starts_at_sigma=False, instead="Euler")
 SAMPLERS = {
@@ -3239,9 +3227,7 @@ SAMPLERS = {
     # the official RunPod SDXL worker's names, with the checkpoint's own spacing as there
     "PNDM": PNDM,
     "DPMSolverMultistep": Sampler(diffusers=("DPMSolverMultistepScheduler", {}), instead="DPM++ 2M"),
-    "DPMSolverSinglestep": Sampler(
-        diffusers=("DPMSolverSinglestepScheduler", {"lower_order_final": True}), instead="DPM++ 2M"
-    ),
+    "DPMSolverSinglestep": Sampler(diffusers=SINGLESTEP, instead="DPM++ 2M"),
     "K_EULER": K_EULER,
     "K_EULER_ANCESTRAL": replace(K_EULER, run=functools.partial(sample_euler, eta=1), instead="Euler a"),
 }
@@ -3255,16 +3241,12 @@ class Sampling:
     """A sampler and its schedule, chosen. str() gives the name in answers: "DPM++ 2M Karras", "Euler"."""
 
     name: str  # of SAMPLERS
+    sampler: Sampler
     schedule: str  # of SCHEDULES; "" where diffusers' class runs
 
     def __str__(self) -> str:
         plain = self.schedule == "Uniform" and not self.sampler.diffusers
         return self.name if plain else f"{self.name} {self.schedule}".strip()
-
-    @property
-    def sampler(self) -> Sampler:
-        """How it is run."""
-        return SAMPLERS[self.name]
 
     @property
     def instead(self) -> str:
@@ -3288,7 +3270,7 @@ def known_samplings() -> dict[str, Sampling]:
         if sampler.run and sampler.uniform != "leading":
             schedules |= {"Normal": "Uniform"} | {schedule: schedule for schedule in SCHEDULES}
         schedules[""] = "" if sampler.diffusers else "Uniform"
-        known |= {spelling(name + given): Sampling(name, schedule) for given, schedule in schedules.items()}
+        known |= {spelling(name + given): Sampling(name, sampler, schedule) for given, schedule in schedules.items()}
     return known
 
 
@@ -3391,9 +3373,6 @@ class BrownianTree:
         return self._known[wanted]
 
 
-DRAWN_AHEAD = 4  # steps; more would only take memory
-
-
 def drawn_ahead(
     pool: ThreadPoolExecutor, streams: list[Noise], requests: Iterable[tuple[Any, Any]], device: Any
 ) -> Iterator[Any]:
@@ -3411,7 +3390,7 @@ def drawn_ahead(
             yield noise
 
     left = iter(requests)
-    pending = deque(pool.submit(draw, request) for request in islice(left, DRAWN_AHEAD))
+    pending = deque(pool.submit(draw, request) for request in islice(left, 4))  # more would only take memory
     return take()
 
 
@@ -3492,21 +3471,6 @@ def build_diffusers_scheduler(sampling: Sampling, config: Mapping[str, Any], ste
     return getattr(diffusers, kind).from_config(config, **changes)
 
 
-@contextmanager
-def float32_outside(pipe: Any) -> Iterator[None]:
-    """The UNet takes float32 latents and gives float32, so that guidance and sampler do not round to its own type. In
-    the end the pipeline has its own scheduler again, and with it nothing of the run's tensors."""
-    own_scheduler, unet = pipe.scheduler, pipe.unet
-    with (
-        unet.register_forward_pre_hook(lambda _unet, args: (args[0].to(unet.dtype), *args[1:])),
-        unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:])),
-    ):
-        try:
-            yield
-        finally:
-            pipe.scheduler = own_scheduler
-
-
 @dataclass(frozen=True)
 class Pass:
     """One run of a sampler: the last `run` steps of a schedule of `steps`, from noise, or from latents with as much
@@ -3541,8 +3505,9 @@ def denoise(
 ) -> Any:
     """float32 latents (num_images, 4, height/8, width/8). Image i is what seeds[i] gives alone, whatever the batch.
     on_step is told how many of the pass's steps were launched."""
-    pipe, sampling, config = engine.pipe, request.scheduler, engine.scheduler_config
-    shape = (pipe.unet.config.in_channels, stage.height // 8, stage.width // 8)
+    pipe = copy.copy(engine.pipe)  # it gets the run's scheduler, and goes with the run's tensors
+    unet, sampling, config = pipe.unet, request.scheduler, engine.scheduler_config
+    shape = (unet.config.in_channels, stage.height // 8, stage.width // 8)
     streams = [normal_stream(request.rng, seed, shape) for seed in request.seeds]
     latents = torch.stack([draw() for draw in streams])
     if request.eta_noise_seed_delta:
@@ -3552,7 +3517,12 @@ def denoise(
         on_step((step + 1) * stage.run // pipe.num_timesteps)  # Heun takes two a step
         return {}
 
-    with ThreadPoolExecutor(1, "noise") as pool, float32_outside(pipe):
+    with (
+        ThreadPoolExecutor(1, "noise") as pool,
+        # the UNet takes float32 latents and gives float32: guidance and sampler do not round to its own type
+        unet.register_forward_pre_hook(lambda _unet, args: (args[0].to(unet.dtype), *args[1:])),
+        unet.register_forward_hook(lambda _unet, _args, output: (output[0].float(), *output[1:])),
+    ):
         if sampling.schedule:
             scheduler = SamplerAsScheduler(sampling, stage.steps, config, stage.run)
             if scheduler.sampler.brownian:
