@@ -5092,8 +5092,10 @@ class JobLoop:
         pause, timeout = pauses[0], aiohttp.ClientTimeout(total=POLL_S)
         try:
             async with self.session.get(address, timeout=timeout) as response:
-                brought = parse_object(await response.read()) if response.status == 200 else {}
-                if isinstance(brought.get(key), kind):
+                brought = await response.read() if response.status == 200 else b""
+                with suppress(ValueError, RecursionError):  # int() refuses more than 4,300 digits
+                    brought = json.loads(brought, parse_int=lambda digits: int(digits[:1000]))
+                if isinstance(brought, dict) and isinstance(brought.get(key), kind):
                     return brought
                 trouble = "" if response.status in (204, 400) else f"HTTP {response.status}"
                 pause = pauses.get(response.status, pause)
@@ -5182,14 +5184,20 @@ class HeldJob(Observer):
             await asyncio.wait([self.update])
         # where RunPod will not have the answer, a short one: clients would see a job COMPLETED without output
         refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
-        if not await self.is_accepted(body) and not await self.is_accepted(result_body(refused)):
+        if not await self.is_accepted(body) and not await self.is_accepted(self.body(refused)):
             log.error("job %s: stays unanswered", self.id)
 
     def body(self, answer: dict[str, Any]) -> bytes:
-        """result_body, in any thread; after an answer with refresh_worker, even of a stopped job, the loop ends."""
+        """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. In any
+        thread; after refresh_worker, even of a stopped job, the loop ends. Raises what json.dumps does for an answer
+        that strict JSON cannot carry."""
+        result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
+        if answer.get("error"):
+            result["error"] = answer["error"]
         if answer.get("refresh_worker"):
+            result["stopPod"] = True
             self.jobs.loop.call_soon_threadsafe(self.jobs.leave)
-        return result_body(answer)
+        return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
     def check(self) -> None:
         """In the job's thread, as step."""
@@ -5246,26 +5254,6 @@ class HeldJob(Observer):
         options = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=timeout_s), "raise_for_status": True}
         async with self.jobs.session.post(address, data=io.BytesIO(body), **options):
             pass
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that RunPod sent; {} for anything else."""
-    try:
-        parsed = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
-
-
-def result_body(answer: Mapping[str, Any]) -> bytes:
-    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. Raises
-    what json.dumps does for an answer that strict JSON cannot carry."""
-    result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
-    if answer.get("error"):
-        result["error"] = answer["error"]
-    if answer.get("refresh_worker"):
-        result["stopPod"] = True
-    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
