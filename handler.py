@@ -3638,17 +3638,10 @@ PICTURE_FAULTS = (OSError, ValueError, SyntaxError, LookupError, TypeError, Arit
 PICTURE_FAULTS += (EOFError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture that a job brings along."""
-
-    pixels: Any  # PIL image, RGB
-    sha256: str  # of its file, by which a recipe tells it
-
-
-def read_picture(text: str, name: str) -> Picture:
-    """The PNG, JPEG or WebP file in base64, a data: URI or at an https address; name is the job's field. Nothing of the
-    text or the picture stands in an error. Raises InvalidInput, DownloadFailed."""
+def read_picture(text: str, name: str) -> Image.Image:
+    """The PNG, JPEG or WebP file in base64, a data: URI or at an https address, as RGB; its info["sha256"], by which a
+    recipe tells it, is of the file. name is the job's field. Nothing of the text or the picture stands in an error.
+    Raises InvalidInput, DownloadFailed."""
     if text[:100].strip().lower().startswith("https:"):
         data = fetch_picture(text.strip(), name)
     else:
@@ -3665,12 +3658,13 @@ def read_picture(text: str, name: str) -> Picture:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))  # reads the header
         if min(image.size) < MIN_PICTURE_SIDE or image.width * image.height > MAX_PICTURE_PIXELS:
             raise InvalidInput(f"{name} must be a picture {limits}, got {image.width}x{image.height}")
-        pixels = as_rgb(ImageOps.exif_transpose(image))
+        image = as_rgb(ImageOps.exif_transpose(image))
     except PICTURE_FAULTS:
         raise InvalidInput(
             f"{name} must be a whole PNG, JPEG or WebP picture {limits}: it is another file, or damaged or cut off"
         ) from None
-    return Picture(pixels, hashlib.sha256(data).hexdigest())
+    image.info["sha256"] = hashlib.sha256(data).hexdigest()
+    return image
 
 
 def as_rgb(image: Any) -> Any:
@@ -3681,12 +3675,6 @@ def as_rgb(image: Any) -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def soft_mask(mask: Any, blur: int, size: tuple[int, int]) -> Any:
-    """A picture's mask as A1111 uses it: black and white alone, blurred, in the drawn picture's size."""
-    mask = mask.convert("L").point(lambda level: 255 * (level > 128)).filter(ImageFilter.GaussianBlur(blur))
-    return mask.resize(size, Image.Resampling.LANCZOS)
 
 
 def fetch_picture(url: str, name: str) -> bytes:
@@ -3874,9 +3862,9 @@ def picture_keys(request: JobRequest) -> dict[str, Any]:
             "Hires upscaler": hires.upscaler.capitalize(),
         }
     if request.image:
-        keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.sha256}
+        keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.info["sha256"]}
     if request.mask:
-        keys |= {"Mask blur": request.mask_blur, "Mask SHA256": request.mask.sha256}
+        keys |= {"Mask blur": request.mask_blur, "Mask SHA256": request.mask.info["sha256"]}
     return keys
 
 
@@ -4514,9 +4502,9 @@ class JobRequest:
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
     loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
     embeddings: tuple[NamedModel, ...] = job_field(embedding_list, None, answered=False)
-    image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
+    image: Image.Image | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
     strength: float | None = job_field(or_null(above_0_to_1), None, also=("denoising_strength",))  # None: no image
-    mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
+    mask: Image.Image | None = job_field(picture_text, None, also=("mask_image",), answered=False)
     mask_blur: int = job_field(number(0, 64, whole=True), 4, answered=False)
     hires: Hires | None = job_field(or_null(hires_pass), None)
     image_format: str = job_field(one_of(ENCODINGS), "png")
@@ -4551,7 +4539,7 @@ class JobRequest:
             read_pictures(values, called)
             for name in ("image", "mask"):
                 key, noted = recipe.get(f"{name}_sha256", ("", None))
-                if noted and (values[name] is None or values[name].sha256 != noted):
+                if noted and (values[name] is None or values[name].info["sha256"] != noted):
                     warnings.append(f"the recipe was made with another {name}: its {key} is {shown(noted)}")
         return cls(**values, warnings=tuple(warnings), optional=optional)
 
@@ -4642,10 +4630,10 @@ def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
     """Image and mask in the job's size, by default the image's own: scaled in its shape until its sides are within
     limits, then to multiples of 8. Changes values. Raises InvalidInput, DownloadFailed."""
     image = read_picture(values["image"], called["image"])
-    size = image.pixels.size
+    size = image.size
     mask = None if values["mask"] is None else read_picture(values["mask"], called["mask"])
-    if mask and mask.pixels.size != size:
-        sides, wanted = ("{}x{}".format(*picture.pixels.size) for picture in (mask, image))
+    if mask and mask.size != size:
+        sides, wanted = ("{}x{}".format(*picture.size) for picture in (mask, image))
         raise InvalidInput(f"{called['mask']} must have the image's size, {wanted}, got {sides}")
     low, high = SIDES
     if not {"width", "height"} <= called.keys() and max(size) * low > min(size) * high:
@@ -4655,8 +4643,11 @@ def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
         if name not in called:
             values[name] = int(side * scale / 8 + 0.5) * 8
     size = values["width"], values["height"]
-    values["image"] = replace(image, pixels=image.pixels.resize(size, Image.Resampling.LANCZOS))
-    values["mask"] = mask and replace(mask, pixels=soft_mask(mask.pixels, values["mask_blur"], size))
+    values["image"] = image.resize(size, Image.Resampling.LANCZOS)
+    if mask:  # as A1111 uses it: black and white alone, blurred, in the drawn picture's size
+        mask = mask.convert("L").point(lambda level: 255 * (level > 128))
+        mask = mask.filter(ImageFilter.GaussianBlur(values["mask_blur"]))
+        values["mask"] = mask.resize(size, Image.Resampling.LANCZOS)
     if values["strength"] is None:
         values["strength"] = 0.75
 
@@ -4905,10 +4896,10 @@ def generate(
         known = chain(engine.embeddings.values(), bundled, models.embeddings.values())  # of equal names the last counts
         embeddings = {embedding.name.lower(): embedding for embedding in known}
         conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
-        latents = encode(pipe, [request.image.pixels]) if request.image else None
+        latents = encode(pipe, [request.image]) if request.image else None
     mask = None
     if request.mask:  # bool (h/8, w/8), half of white rounds up
-        mask = request.mask.pixels.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
+        mask = request.mask.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
         mask = torch.from_numpy(np.asarray(mask) > 127).to(latents.device)
     passes, done = plan_passes(request), 0
     total = sum(stage.run for stage in passes)
@@ -4927,8 +4918,8 @@ def generate(
         images = decode(pipe, latents)
         pipe.maybe_free_model_hooks()
         if request.mask:  # where the blurred mask is 0, the pixels are the picture's
-            drawn = request.mask.pixels.point(lambda level: min(2 * level, 255))
-            images = [Image.composite(image, request.image.pixels, drawn) for image in images]
+            drawn = request.mask.point(lambda level: min(2 * level, 255))
+            images = [Image.composite(image, request.image, drawn) for image in images]
     return images, conditioning
 
 
