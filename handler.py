@@ -4237,7 +4237,21 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
         return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)
 
     try:
-        client = s3_client(bucket)
+        client = boto3.Session().client(
+            "s3",
+            endpoint_url=bucket.endpoint_url,
+            aws_access_key_id=bucket.access_key_id,
+            aws_secret_access_key=bucket.secret_access_key,
+            region_name=rp_upload.extract_region_from_url(bucket.endpoint_url),
+            config=botocore.config.Config(
+                signature_version="s3v4",
+                connect_timeout=5,  # with these it gives up after about a minute, not after three
+                read_timeout=20,
+                retries={"max_attempts": 3, "mode": "standard"},
+                request_checksum_calculation="when_required",  # the default's trailers are unknown to older S3 servers
+                response_checksum_validation="when_required",
+            ),
+        )
         with ThreadPoolExecutor(len(files)) as pool:
             return list(pool.map(upload, files))
     except botocore.exceptions.ClientError as error:
@@ -4246,25 +4260,6 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         reason = type(error).__name__
         raise UploadFailed(f"the upload failed with {reason}: check the bucket's endpoint and name") from None
-
-
-def s3_client(bucket: Bucket) -> Any:
-    """A boto3 client that gives up after about a minute, not boto3's three."""
-    return boto3.Session().client(
-        "s3",
-        endpoint_url=bucket.endpoint_url,
-        aws_access_key_id=bucket.access_key_id,
-        aws_secret_access_key=bucket.secret_access_key,
-        region_name=rp_upload.extract_region_from_url(bucket.endpoint_url),
-        config=botocore.config.Config(
-            signature_version="s3v4",
-            connect_timeout=5,
-            read_timeout=20,
-            retries={"max_attempts": 3, "mode": "standard"},
-            request_checksum_calculation="when_required",  # the default's trailers are unknown to older S3 servers
-            response_checksum_validation="when_required",
-        ),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4547,14 +4542,6 @@ class JobRequest:
     def seeds(self) -> list[int]:
         """One seed an image: any of them can be made again alone."""
         return [(self.seed + i) % MAX_SEED for i in range(self.num_images)]
-
-    def described(self) -> dict[str, Any]:
-        """What the answer's metadata repeats of the input."""
-        answered = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
-        answered["scheduler"] = str(self.scheduler)
-        if self.hires:
-            answered["hires"] = vars(self.hires)
-        return {name: value for name, value in answered.items() if value is not None}
 
 
 def given_fields(
@@ -4933,7 +4920,11 @@ def describe(
     prompts, absent = f"{request.prompt} {request.negative_prompt}", engine.files.embeddings_failed
     used = [name for name in absent if embedding_use(re.escape(name)).search(prompts)]
     of_models += [f"embedding {name} was left out: {absent[name]}" for name in used]
-    answered = request.described()
+    repeated = {spec.name: getattr(request, spec.name) for spec in fields(request) if spec.metadata.get("answered")}
+    answered = {name: value for name, value in repeated.items() if value is not None}
+    answered["scheduler"] = str(request.scheduler)
+    if request.hires:
+        answered["hires"] = vars(request.hires)
     if request.embeddings:
         answered["embeddings"] = [
             {"name": name, "civitai": int(models.files["embeddings", name].stem.removeprefix("civitai_"))}
@@ -4958,7 +4949,7 @@ def describe(
 POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a long poll, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit; 0: any other end
 TAKE_PAUSES_S = {204: 0.1, 400: 0.1, 429: 5.0, 0: 1.0}
-STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after no stop of ours
+STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after each
 STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a job that is sent again keeps its id
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
@@ -5110,18 +5101,17 @@ class JobLoop:
             brought = await self.poll(address, "jobsToStop", list, STOP_PAUSES_S)
             if brought:
                 self.stops, self.stops_until = brought["jobsToStop"], self.loop.time() + STOP_LEAD_S
-            if not brought or not self.stop_named():
-                await asyncio.sleep(STOP_PAUSE_S)
+                self.stop_named()
+            await asyncio.sleep(STOP_PAUSE_S)
 
-    def stop_named(self) -> bool:
-        """Stops those of the jobs held that RunPod named just now; whether there were any."""
+    def stop_named(self) -> None:
+        """Stops those of the jobs held that RunPod named just now."""
         recent = self.loop.time() < self.stops_until
-        named = [(task, job) for task, job in self.held.items() if recent and job.id in self.stops]
-        for task, job in named:
-            log.info("job %s: stopped by RunPod", job.id)
-            job.stopped = True  # its thread ends at the next check
-            task.cancel()
-        return bool(named)
+        for task, job in self.held.items():
+            if recent and job.id in self.stops:
+                log.info("job %s: stopped by RunPod", job.id)
+                job.stopped = True  # its thread ends at the next check
+                task.cancel()
 
     def let_go(self, task: asyncio.Task) -> None:
         """A job's task has ended; the next job may be asked for, whatever ended it."""

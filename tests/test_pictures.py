@@ -519,8 +519,7 @@ def test_hires_keys_of_recipes_are_honoured(upscaler):
     name = upscaler.replace("latent", "Latent").replace("lanczos", "Lanczos")
     keys = {"Denoising strength": 0.45, "Hires upscale": 1.5, "Hires upscaler": name}
     request = seams.parse({"parameters": recipe_of(**keys)})
-    hires = request.described()["hires"]
-    assert hires == {"scale": 1.5, "strength": 0.45, "steps": 0, "upscaler": upscaler}
+    assert vars(request.hires) == {"scale": 1.5, "strength": 0.45, "steps": 0, "upscaler": upscaler}
     assert not request.warnings
     assert seams.parse({"parameters": recipe_of(**keys, **{"Hires steps": 9})}).hires.steps == 9
 
