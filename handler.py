@@ -3696,10 +3696,9 @@ def follow_address(url: str, name: str, until: float, opened: list[Any]) -> byte
     """fetch_picture in its thread; opened gets the sockets, none after `until`. A name is looked up once, and the
     connection goes to what was checked, by no proxy: the name stands in certificate and Host alone."""
     for _ in range(MAX_REDIRECTS + 1):
-        try:
+        parts = urllib3.util.Url()
+        with suppress(urllib3.exceptions.LocationParseError):
             parts = urllib3.util.parse_url(url)
-        except urllib3.exceptions.LocationParseError:
-            parts = urllib3.util.Url()
         if parts.scheme != "https" or not parts.host or parts.auth:
             raise InvalidInput(f"{name} must be an https address without a user name, and redirect to no other")
         host, port = parts.host.strip("[]"), parts.port or 443
@@ -3752,9 +3751,9 @@ RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 RECIPE_VERSION = "sdxl-worker"
 RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
 COMFYUI_KEYS = {"CFG Scale": "CFG scale", "Scheduler": "Schedule type"}  # as its savers write A1111's keys
-TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
-RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash")
+RECIPE_NOTES += ("Template", "Negative Template")  # of the Dynamic Prompts extension
 
 
 @dataclass(frozen=True)
@@ -3869,8 +3868,7 @@ def picture_keys(request: JobRequest) -> dict[str, Any]:
 
 
 def read_picture_keys(keys: dict[str, str], warnings: list[str]) -> dict[str, tuple[str, Any]]:
-    """The job's fields that picture_keys' keys, which it takes, stand for; of the pictures image_sha256 and
-    mask_sha256."""
+    """The fields that picture_keys' keys, which it takes, stand for; of the pictures image_sha256 and mask_sha256."""
     found: dict[str, tuple[str, Any]] = {}
     for name in ("Image SHA256", "Mask SHA256"):
         if name in keys:
@@ -3915,11 +3913,9 @@ def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
     as A1111's parse_generation_parameters does, and JSON, which Civitai writes without quotes, whole. What stands
     between two commas without a key is a key without a value; what a key says a second time stands under "… again".
     """
-    lines = text.strip().split("\n")
-    for end, (line, following) in enumerate(pairwise(lines), 1):
-        if line.startswith("Steps: ") and following.startswith(TEMPLATES):
-            lines = lines[:end]
-            break
+    # the Dynamic Prompts extension writes below it of which templates it made the prompts
+    text = re.sub(r"^(Steps: .*)\n(Negative )?Template[\s\S]*", r"\1", text.strip(), flags=re.MULTILINE)
+    lines = text.split("\n")
     # 1. prompts
     prompts: tuple[list[str], list[str]] = [], []
     negative = False
@@ -4721,8 +4717,7 @@ class Timings(dict[str, float]):
 
 
 class Worker:
-    """What the process holds for its life: the engine, and the lock that keeps GPU work of several jobs one after the
-    other."""
+    """What the process holds for its life: the engine, and the lock by which jobs take turns at the GPU."""
 
     def __init__(self) -> None:
         self.gpu = threading.Lock()
@@ -4742,8 +4737,7 @@ WORKER = Worker()
 
 def handler(job: dict[str, Any], observer: Observer | None = None) -> dict[str, Any]:
     """Answers a RunPod job {"id": ..., "input": {...}} with {"images": [...], "seed": ..., "metadata": {...}} or with
-    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads. The observer is told how
-    far it is."""
+    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads."""
     given = job.get("id") if isinstance(job, dict) else None
     job_id = given if isinstance(given, str) else "local"
     try:
