@@ -3767,10 +3767,6 @@ class UsedModel:
     short_hash: str  # "" where unknown
     scale: float | None = None  # a LoRA's
 
-    def __str__(self) -> str:
-        """As A1111 writes it, without commas and colons: "Detail_v1: a1b2c3d4e5f6"."""
-        return f"{re.sub('[,:]', '', self.stem)}: {self.short_hash}"
-
 
 def used_models(
     engine: Engine, models: JobModels, scales: Mapping[str, float], embeddings: Iterable[str]
@@ -3802,10 +3798,10 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
     comes last: its parser takes the JSON up to the first "}]".
     """
     sampling, checkpoint = request.scheduler, models[0]
-    hashes = {
-        kind: ", ".join(str(model) for model in models if model.kind == kind and model.short_hash)
-        for kind in ("lora", "embed")
-    }
+    hashes: dict[str, list[str]] = {"checkpoint": [], "lora": [], "embed": []}  # as A1111 writes "Detail_v1: a1b2c3d4"
+    for model in models:
+        if model.short_hash:
+            hashes[model.kind].append(f"{re.sub('[,:]', '', model.stem)}: {model.short_hash}")
     plain = str(sampling) == sampling.name  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
@@ -3819,8 +3815,8 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
         "VAE": vae,
         "Clip skip": request.clip_skip,
         "ENSD": request.eta_noise_seed_delta or "",
-        "Lora hashes": hashes["lora"],
-        "TI hashes": hashes["embed"],
+        "Lora hashes": ", ".join(hashes["lora"]),
+        "TI hashes": ", ".join(hashes["embed"]),
         "Emphasis": "No norm" if request.emphasis == "no norm" else "",
         "RNG": "CPU" if request.rng == "cpu" else "",
         **picture_keys(request),
@@ -4423,10 +4419,8 @@ def entries(
         yield place, item, version
 
 
-def lora_list(name: str, value: Any) -> list[NamedModel] | None:
-    """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]; null -> None, the configured stack."""
-    if value is None:
-        return None
+def lora_list(name: str, value: Any) -> list[NamedModel]:
+    """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]."""
     scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), text_of(1, 200)
     return [
         NamedModel(
@@ -4491,7 +4485,7 @@ class JobRequest:
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
     eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0, answered=False)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
-    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
+    loras: dict[str, float] = job_field(or_null(lora_list), None, answered=False)  # adapter -> scale, <lora:…> too
     embeddings: tuple[NamedModel, ...] = job_field(embedding_list, None, answered=False)
     image: Image.Image | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
     strength: float | None = job_field(or_null(above_0_to_1), None, also=("denoising_strength",))  # None: no image
