@@ -3582,17 +3582,10 @@ PICTURE_FAULTS = (OSError, ValueError, SyntaxError, LookupError, TypeError, Arit
 PICTURE_FAULTS += (EOFError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture that a job brings along."""
-
-    pixels: Any  # PIL image, RGB
-    sha256: str  # of its file, by which a recipe tells it
-
-
-def read_picture(text: str, name: str) -> Picture:
-    """The PNG, JPEG or WebP file in base64, a data: URI or at an https address; name is the job's field. Nothing of the
-    text or the picture stands in an error. Raises InvalidInput, DownloadFailed."""
+def read_picture(text: str, name: str) -> Image.Image:
+    """The PNG, JPEG or WebP file in base64, a data: URI or at an https address, as RGB; its info["sha256"], by which a
+    recipe tells it, is of the file. name is the job's field. Nothing of the text or the picture stands in an error.
+    Raises InvalidInput, DownloadFailed."""
     if text[:100].strip().lower().startswith("https:"):
         data = fetch_picture(text.strip(), name)
     else:
@@ -3609,12 +3602,13 @@ def read_picture(text: str, name: str) -> Picture:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))  # reads the header
         if min(image.size) < MIN_PICTURE_SIDE or image.width * image.height > MAX_PICTURE_PIXELS:
             raise InvalidInput(f"{name} must be a picture {limits}, got {image.width}x{image.height}")
-        pixels = as_rgb(ImageOps.exif_transpose(image))
+        image = as_rgb(ImageOps.exif_transpose(image))
     except PICTURE_FAULTS:
         raise InvalidInput(
             f"{name} must be a whole PNG, JPEG or WebP picture {limits}: it is another file, or damaged or cut off"
         ) from None
-    return Picture(pixels, hashlib.sha256(data).hexdigest())
+    image.info["sha256"] = hashlib.sha256(data).hexdigest()
+    return image
 
 
 def as_rgb(image: Any) -> Any:
@@ -3625,12 +3619,6 @@ def as_rgb(image: Any) -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def soft_mask(mask: Any, blur: int, size: tuple[int, int]) -> Any:
-    """A picture's mask as A1111 uses it: black and white alone, blurred, in the drawn picture's size."""
-    mask = mask.convert("L").point(lambda level: 255 * (level > 128)).filter(ImageFilter.GaussianBlur(blur))
-    return mask.resize(size, Image.Resampling.LANCZOS)
 
 
 def fetch_picture(url: str, name: str) -> bytes:
@@ -3652,10 +3640,9 @@ def follow_address(url: str, name: str, until: float, opened: list[Any]) -> byte
     """fetch_picture in its thread; opened gets the sockets, none after `until`. A name is looked up once, and the
     connection goes to what was checked, by no proxy: the name stands in certificate and Host alone."""
     for _ in range(MAX_REDIRECTS + 1):
-        try:
+        parts = urllib3.util.Url()
+        with suppress(urllib3.exceptions.LocationParseError):
             parts = urllib3.util.parse_url(url)
-        except urllib3.exceptions.LocationParseError:
-            parts = urllib3.util.Url()
         if parts.scheme != "https" or not parts.host or parts.auth:
             raise InvalidInput(f"{name} must be an https address without a user name, and redirect to no other")
         host, port = parts.host.strip("[]"), parts.port or 443
@@ -3708,9 +3695,9 @@ RECIPE_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 RECIPE_VERSION = "sdxl-worker"
 RECIPE_RNG = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}  # A1111's words; NV is its GPU noise on any card
 COMFYUI_KEYS = {"CFG Scale": "CFG scale", "Scheduler": "Schedule type"}  # as its savers write A1111's keys
-TEMPLATES = ("Template", "Negative Template")  # of which the Dynamic Prompts extension made the prompts
 # what a recipe notes and no picture depends on
-RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash", *TEMPLATES)
+RECIPE_NOTES = ("User", "Created Date", "Civitai metadata", "Batch size", "Batch pos", "VAE hash")
+RECIPE_NOTES += ("Template", "Negative Template")  # of the Dynamic Prompts extension
 
 
 @dataclass(frozen=True)
@@ -3723,10 +3710,6 @@ class UsedModel:
     version: str
     short_hash: str  # "" where unknown
     scale: float | None = None  # a LoRA's
-
-    def __str__(self) -> str:
-        """As A1111 writes it, without commas and colons: "Detail_v1: a1b2c3d4e5f6"."""
-        return f"{re.sub('[,:]', '', self.stem)}: {self.short_hash}"
 
 
 def used_models(
@@ -3759,10 +3742,10 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
     comes last: its parser takes the JSON up to the first "}]".
     """
     sampling, checkpoint = request.scheduler, models[0]
-    hashes = {
-        kind: ", ".join(str(model) for model in models if model.kind == kind and model.short_hash)
-        for kind in ("lora", "embed")
-    }
+    hashes: dict[str, list[str]] = {"checkpoint": [], "lora": [], "embed": []}  # as A1111 writes "Detail_v1: a1b2c3d4"
+    for model in models:
+        if model.short_hash:
+            hashes[model.kind].append(f"{re.sub('[,:]', '', model.stem)}: {model.short_hash}")
     plain = str(sampling) == sampling.name  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
@@ -3776,8 +3759,8 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
         "VAE": vae,
         "Clip skip": request.clip_skip,
         "ENSD": request.eta_noise_seed_delta or "",
-        "Lora hashes": hashes["lora"],
-        "TI hashes": hashes["embed"],
+        "Lora hashes": ", ".join(hashes["lora"]),
+        "TI hashes": ", ".join(hashes["embed"]),
         "Emphasis": "No norm" if request.emphasis == "no norm" else "",
         "RNG": "CPU" if request.rng == "cpu" else "",
         **picture_keys(request),
@@ -3818,15 +3801,14 @@ def picture_keys(request: JobRequest) -> dict[str, Any]:
             "Hires upscaler": hires.upscaler.capitalize(),
         }
     if request.image:
-        keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.sha256}
+        keys |= {"Denoising strength": request.strength, "Image SHA256": request.image.info["sha256"]}
     if request.mask:
-        keys |= {"Mask blur": request.mask_blur, "Mask SHA256": request.mask.sha256}
+        keys |= {"Mask blur": request.mask_blur, "Mask SHA256": request.mask.info["sha256"]}
     return keys
 
 
 def read_picture_keys(keys: dict[str, str], warnings: list[str]) -> dict[str, tuple[str, Any]]:
-    """The job's fields that picture_keys' keys, which it takes, stand for; of the pictures image_sha256 and
-    mask_sha256."""
+    """The fields that picture_keys' keys, which it takes, stand for; of the pictures image_sha256 and mask_sha256."""
     found: dict[str, tuple[str, Any]] = {}
     for name in ("Image SHA256", "Mask SHA256"):
         if name in keys:
@@ -3871,11 +3853,9 @@ def parse_recipe(text: str) -> tuple[str, str, dict[str, str]]:
     as A1111's parse_generation_parameters does, and JSON, which Civitai writes without quotes, whole. What stands
     between two commas without a key is a key without a value; what a key says a second time stands under "… again".
     """
-    lines = text.strip().split("\n")
-    for end, (line, following) in enumerate(pairwise(lines), 1):
-        if line.startswith("Steps: ") and following.startswith(TEMPLATES):
-            lines = lines[:end]
-            break
+    # the Dynamic Prompts extension writes below it of which templates it made the prompts
+    text = re.sub(r"^(Steps: .*)\n(Negative )?Template[\s\S]*", r"\1", text.strip(), flags=re.MULTILINE)
+    lines = text.split("\n")
     # 1. prompts
     prompts: tuple[list[str], list[str]] = [], []
     negative = False
@@ -4193,7 +4173,21 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
         return client.generate_presigned_url("get_object", Params=place, ExpiresIn=LINK_SECONDS)
 
     try:
-        client = s3_client(bucket)
+        client = boto3.Session().client(
+            "s3",
+            endpoint_url=bucket.endpoint_url,
+            aws_access_key_id=bucket.access_key_id,
+            aws_secret_access_key=bucket.secret_access_key,
+            region_name=rp_upload.extract_region_from_url(bucket.endpoint_url),
+            config=botocore.config.Config(
+                signature_version="s3v4",
+                connect_timeout=5,  # with these it gives up after about a minute, not after three
+                read_timeout=20,
+                retries={"max_attempts": 3, "mode": "standard"},
+                request_checksum_calculation="when_required",  # the default's trailers are unknown to older S3 servers
+                response_checksum_validation="when_required",
+            ),
+        )
         with ThreadPoolExecutor(len(files)) as pool:
             return list(pool.map(upload, files))
     except botocore.exceptions.ClientError as error:
@@ -4202,25 +4196,6 @@ def upload_images(files: list[bytes], image_format: str, bucket: Bucket, job_id:
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         reason = type(error).__name__
         raise UploadFailed(f"the upload failed with {reason}: check the bucket's endpoint and name") from None
-
-
-def s3_client(bucket: Bucket) -> Any:
-    """A boto3 client that gives up after about a minute, not boto3's three."""
-    return boto3.Session().client(
-        "s3",
-        endpoint_url=bucket.endpoint_url,
-        aws_access_key_id=bucket.access_key_id,
-        aws_secret_access_key=bucket.secret_access_key,
-        region_name=rp_upload.extract_region_from_url(bucket.endpoint_url),
-        config=botocore.config.Config(
-            signature_version="s3v4",
-            connect_timeout=5,
-            read_timeout=20,
-            retries={"max_attempts": 3, "mode": "standard"},
-            request_checksum_calculation="when_required",  # the default's trailers are unknown to older S3 servers
-            response_checksum_validation="when_required",
-        ),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4388,10 +4363,8 @@ def entries(
         yield place, item, version
 
 
-def lora_list(name: str, value: Any) -> list[NamedModel] | None:
-    """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]; null -> None, the configured stack."""
-    if value is None:
-        return None
+def lora_list(name: str, value: Any) -> list[NamedModel]:
+    """[{"civitai": 135867, "scale": 0.8}] -> [NamedModel(None, "135867", 0.8)]."""
     scale, called = or_null(number(-MAX_LORA_SCALE, MAX_LORA_SCALE)), text_of(1, 200)
     return [
         NamedModel(
@@ -4456,11 +4429,11 @@ class JobRequest:
     emphasis: str = job_field(one_of(EMPHASES), "no norm")
     eta_noise_seed_delta: int = job_field(number(0, MAX_SEED - 1, whole=True), 0, answered=False)
     long_prompt: str = job_field(one_of(LONG_PROMPT_MODES), "blend")
-    loras: dict[str, float] = job_field(lora_list, None, answered=False)  # adapter -> scale, <lora:…> tags included
+    loras: dict[str, float] = job_field(or_null(lora_list), None, answered=False)  # adapter -> scale, <lora:…> too
     embeddings: tuple[NamedModel, ...] = job_field(embedding_list, None, answered=False)
-    image: Picture | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
+    image: Image.Image | None = job_field(picture_text, None, also=("init_image", "image_url"), answered=False)
     strength: float | None = job_field(or_null(above_0_to_1), None, also=("denoising_strength",))  # None: no image
-    mask: Picture | None = job_field(picture_text, None, also=("mask_image",), answered=False)
+    mask: Image.Image | None = job_field(picture_text, None, also=("mask_image",), answered=False)
     mask_blur: int = job_field(number(0, 64, whole=True), 4, answered=False)
     hires: Hires | None = job_field(or_null(hires_pass), None)
     image_format: str = job_field(one_of(ENCODINGS), "png")
@@ -4495,7 +4468,7 @@ class JobRequest:
             read_pictures(values, called)
             for name in ("image", "mask"):
                 key, noted = recipe.get(f"{name}_sha256", ("", None))
-                if noted and (values[name] is None or values[name].sha256 != noted):
+                if noted and (values[name] is None or values[name].info["sha256"] != noted):
                     warnings.append(f"the recipe was made with another {name}: its {key} is {shown(noted)}")
         return cls(**values, warnings=tuple(warnings), optional=optional)
 
@@ -4503,14 +4476,6 @@ class JobRequest:
     def seeds(self) -> list[int]:
         """One seed an image: any of them can be made again alone."""
         return [(self.seed + i) % MAX_SEED for i in range(self.num_images)]
-
-    def described(self) -> dict[str, Any]:
-        """What the answer's metadata repeats of the input."""
-        answered = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.metadata.get("answered")}
-        answered["scheduler"] = str(self.scheduler)
-        if self.hires:
-            answered["hires"] = vars(self.hires)
-        return {name: value for name, value in answered.items() if value is not None}
 
 
 def given_fields(
@@ -4586,10 +4551,10 @@ def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
     """Image and mask in the job's size, by default the image's own: scaled in its shape until its sides are within
     limits, then to multiples of 8. Changes values. Raises InvalidInput, DownloadFailed."""
     image = read_picture(values["image"], called["image"])
-    size = image.pixels.size
+    size = image.size
     mask = None if values["mask"] is None else read_picture(values["mask"], called["mask"])
-    if mask and mask.pixels.size != size:
-        sides, wanted = ("{}x{}".format(*picture.pixels.size) for picture in (mask, image))
+    if mask and mask.size != size:
+        sides, wanted = ("{}x{}".format(*picture.size) for picture in (mask, image))
         raise InvalidInput(f"{called['mask']} must have the image's size, {wanted}, got {sides}")
     low, high = SIDES
     if not {"width", "height"} <= called.keys() and max(size) * low > min(size) * high:
@@ -4599,8 +4564,11 @@ def read_pictures(values: dict[str, Any], called: Mapping[str, str]) -> None:
         if name not in called:
             values[name] = int(side * scale / 8 + 0.5) * 8
     size = values["width"], values["height"]
-    values["image"] = replace(image, pixels=image.pixels.resize(size, Image.Resampling.LANCZOS))
-    values["mask"] = mask and replace(mask, pixels=soft_mask(mask.pixels, values["mask_blur"], size))
+    values["image"] = image.resize(size, Image.Resampling.LANCZOS)
+    if mask:  # as A1111 uses it: black and white alone, blurred, in the drawn picture's size
+        mask = mask.convert("L").point(lambda level: 255 * (level > 128))
+        mask = mask.filter(ImageFilter.GaussianBlur(values["mask_blur"]))
+        values["mask"] = mask.resize(size, Image.Resampling.LANCZOS)
     if values["strength"] is None:
         values["strength"] = 0.75
 
@@ -4687,8 +4655,7 @@ class Timings(dict[str, float]):
 
 
 class Worker:
-    """What the process holds for its life: the engine, and the lock that keeps GPU work of several jobs one after the
-    other."""
+    """What the process holds for its life: the engine, and the lock by which jobs take turns at the GPU."""
 
     def __init__(self) -> None:
         self.gpu = threading.Lock()
@@ -4708,8 +4675,7 @@ WORKER = Worker()
 
 def handler(job: dict[str, Any], observer: Observer | None = None) -> dict[str, Any]:
     """Answers a RunPod job {"id": ..., "input": {...}} with {"images": [...], "seed": ..., "metadata": {...}} or with
-    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads. The observer is told how
-    far it is."""
+    {"error": ..., "code": ...}; never raises for bad input. Safe to call from several threads."""
     given = job.get("id") if isinstance(job, dict) else None
     job_id = given if isinstance(given, str) else "local"
     try:
@@ -4849,10 +4815,10 @@ def generate(
         known = chain(engine.embeddings.values(), bundled, models.embeddings.values())  # of equal names the last counts
         embeddings = {embedding.name.lower(): embedding for embedding in known}
         conditioning = engine.encoder.encode(request, tuple(sorted(stack.applied.items())), embeddings)
-        latents = encode(pipe, [request.image.pixels]) if request.image else None
+        latents = encode(pipe, [request.image]) if request.image else None
     mask = None
     if request.mask:  # bool (h/8, w/8), half of white rounds up
-        mask = request.mask.pixels.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
+        mask = request.mask.resize(latents.shape[:-3:-1], Image.Resampling.BICUBIC)
         mask = torch.from_numpy(np.asarray(mask) > 127).to(latents.device)
     passes, done = plan_passes(request), 0
     total = sum(stage.run for stage in passes)
@@ -4871,8 +4837,8 @@ def generate(
         images = decode(pipe, latents)
         pipe.maybe_free_model_hooks()
         if request.mask:  # where the blurred mask is 0, the pixels are the picture's
-            drawn = request.mask.pixels.point(lambda level: min(2 * level, 255))
-            images = [Image.composite(image, request.image.pixels, drawn) for image in images]
+            drawn = request.mask.point(lambda level: min(2 * level, 255))
+            images = [Image.composite(image, request.image, drawn) for image in images]
     return images, conditioning
 
 
@@ -4886,7 +4852,11 @@ def describe(
     prompts, absent = f"{request.prompt} {request.negative_prompt}", engine.files.embeddings_failed
     used = [name for name in absent if embedding_use(re.escape(name)).search(prompts)]
     of_models += [f"embedding {name} was left out: {absent[name]}" for name in used]
-    answered = request.described()
+    repeated = {spec.name: getattr(request, spec.name) for spec in fields(request) if spec.metadata.get("answered")}
+    answered = {name: value for name, value in repeated.items() if value is not None}
+    answered["scheduler"] = str(request.scheduler)
+    if request.hires:
+        answered["hires"] = vars(request.hires)
     if request.embeddings:
         answered["embeddings"] = [
             {"name": name, "civitai": int(models.files["embeddings", name].stem.removeprefix("civitai_"))}
@@ -4911,7 +4881,7 @@ def describe(
 POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a long poll, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit; 0: any other end
 TAKE_PAUSES_S = {204: 0.1, 400: 0.1, 429: 5.0, 0: 1.0}
-STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after no stop of ours
+STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after each
 STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a job that is sent again keeps its id
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.
@@ -5036,8 +5006,10 @@ class JobLoop:
         pause, timeout = pauses[0], aiohttp.ClientTimeout(total=POLL_S)
         try:
             async with self.session.get(address, timeout=timeout) as response:
-                brought = parse_object(await response.read()) if response.status == 200 else {}
-                if isinstance(brought.get(key), kind):
+                brought = await response.read() if response.status == 200 else b""
+                with suppress(ValueError, RecursionError):  # int() refuses more than 4,300 digits
+                    brought = json.loads(brought, parse_int=lambda digits: int(digits[:1000]))
+                if isinstance(brought, dict) and isinstance(brought.get(key), kind):
                     return brought
                 trouble = "" if response.status in (204, 400) else f"HTTP {response.status}"
                 pause = pauses.get(response.status, pause)
@@ -5061,18 +5033,17 @@ class JobLoop:
             brought = await self.poll(address, "jobsToStop", list, STOP_PAUSES_S)
             if brought:
                 self.stops, self.stops_until = brought["jobsToStop"], self.loop.time() + STOP_LEAD_S
-            if not brought or not self.stop_named():
-                await asyncio.sleep(STOP_PAUSE_S)
+                self.stop_named()
+            await asyncio.sleep(STOP_PAUSE_S)
 
-    def stop_named(self) -> bool:
-        """Stops those of the jobs held that RunPod named just now; whether there were any."""
+    def stop_named(self) -> None:
+        """Stops those of the jobs held that RunPod named just now."""
         recent = self.loop.time() < self.stops_until
-        named = [(task, job) for task, job in self.held.items() if recent and job.id in self.stops]
-        for task, job in named:
-            log.info("job %s: stopped by RunPod", job.id)
-            job.stopped = True  # its thread ends at the next check
-            task.cancel()
-        return bool(named)
+        for task, job in self.held.items():
+            if recent and job.id in self.stops:
+                log.info("job %s: stopped by RunPod", job.id)
+                job.stopped = True  # its thread ends at the next check
+                task.cancel()
 
     def let_go(self, task: asyncio.Task) -> None:
         """A job's task has ended; the next job may be asked for, whatever ended it."""
@@ -5126,14 +5097,20 @@ class HeldJob(Observer):
             await asyncio.wait([self.update])
         # where RunPod will not have the answer, a short one: clients would see a job COMPLETED without output
         refused = failure_answer(GenerationFailed("RunPod refused the job's answer"))
-        if not await self.is_accepted(body) and not await self.is_accepted(result_body(refused)):
+        if not await self.is_accepted(body) and not await self.is_accepted(self.body(refused)):
             log.error("job %s: stays unanswered", self.id)
 
     def body(self, answer: dict[str, Any]) -> bytes:
-        """result_body, in any thread; after an answer with refresh_worker, even of a stopped job, the loop ends."""
+        """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. In any
+        thread; after refresh_worker, even of a stopped job, the loop ends. Raises what json.dumps does for an answer
+        that strict JSON cannot carry."""
+        result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
+        if answer.get("error"):
+            result["error"] = answer["error"]
         if answer.get("refresh_worker"):
+            result["stopPod"] = True
             self.jobs.loop.call_soon_threadsafe(self.jobs.leave)
-        return result_body(answer)
+        return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
     def check(self) -> None:
         """In the job's thread, as step."""
@@ -5190,26 +5167,6 @@ class HeldJob(Observer):
         options = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=timeout_s), "raise_for_status": True}
         async with self.jobs.session.post(address, data=io.BytesIO(body), **options):
             pass
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that RunPod sent; {} for anything else."""
-    try:
-        parsed = json.loads(body, parse_int=lambda digits: int(digits[:1000]))  # int() refuses more than 4,300 digits
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
-
-
-def result_body(answer: Mapping[str, Any]) -> bytes:
-    """An answer as the SDK posts it: {"error": "e", "code": "c"} -> {"output": {"code": "c"}, "error": "e"}. Raises
-    what json.dumps does for an answer that strict JSON cannot carry."""
-    result = {"output": {key: value for key, value in answer.items() if key not in ("error", "refresh_worker")}}
-    if answer.get("error"):
-        result["error"] = answer["error"]
-    if answer.get("refresh_worker"):
-        result["stopPod"] = True
-    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # lone surrogates
 
 
 # ---------------------------------------------------------------------------------------------------------------------

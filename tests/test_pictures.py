@@ -62,7 +62,7 @@ def text_of(image: Image.Image, image_format: str = "PNG", **options) -> str:
 def read(text: str, **fields) -> np.ndarray:
     """A picture's pixels in the job's size."""
     fields = {"width": 256, "height": 256} | fields
-    return np.asarray(seams.parse({"prompt": "x", "image": text, **fields}).image.pixels).astype(int)
+    return np.asarray(seams.parse({"prompt": "x", "image": text, **fields}).image).astype(int)
 
 
 def refusal(**fields) -> str:
@@ -102,7 +102,7 @@ def test_exif_turns_a_picture(orientation):
     for image_format, options in (("JPEG", {"quality": 100}), ("PNG", {}), ("WEBP", {"lossless": True})):
         request = seams.parse({"prompt": "x", "image": text_of(image, image_format, exif=exif, **options)})
         assert (request.width, request.height) == turned.size
-        assert np.abs(np.asarray(request.image.pixels).astype(int) - np.asarray(turned)).mean() < 2
+        assert np.abs(np.asarray(request.image).astype(int) - np.asarray(turned)).mean() < 2
 
 
 def test_grey_palette_16_bit_and_cmyk_are_their_colours():
@@ -153,9 +153,9 @@ def test_what_is_transparent_is_white():
 def test_a_jobs_size_is_by_default_the_pictures(size, expected):
     """Scaled to fit 256 to 2048 in its shape, then to the nearest multiple of 8; width and height given come first."""
     request = seams.parse({"prompt": "x", "image": text_of(Image.new("RGB", size))})
-    assert (request.width, request.height) == request.image.pixels.size == expected
+    assert (request.width, request.height) == request.image.size == expected
     request = seams.parse({"prompt": "x", "image": text_of(Image.new("RGB", size)), "width": 320, "height": 256})
-    assert (request.width, request.height) == request.image.pixels.size == (320, 256)
+    assert (request.width, request.height) == request.image.size == (320, 256)
 
 
 def test_a_picture_in_the_jobs_size_is_taken_as_it_is_and_others_by_lanczos():
@@ -519,8 +519,7 @@ def test_hires_keys_of_recipes_are_honoured(upscaler):
     name = upscaler.replace("latent", "Latent").replace("lanczos", "Lanczos")
     keys = {"Denoising strength": 0.45, "Hires upscale": 1.5, "Hires upscaler": name}
     request = seams.parse({"parameters": recipe_of(**keys)})
-    hires = request.described()["hires"]
-    assert hires == {"scale": 1.5, "strength": 0.45, "steps": 0, "upscaler": upscaler}
+    assert vars(request.hires) == {"scale": 1.5, "strength": 0.45, "steps": 0, "upscaler": upscaler}
     assert not request.warnings
     assert seams.parse({"parameters": recipe_of(**keys, **{"Hires steps": 9})}).hires.steps == 9
 
@@ -558,7 +557,7 @@ def test_what_a_recipe_says_of_pictures_that_are_not_there_is_a_warning():
     assert ["Denoising strength" in text or "Mask blur" in text for text in request.warnings] == [True, True]
     request = seams.parse({"parameters": recipe_of(**{"Denoising strength": 0.4}), "image": WHOLE})
     assert request.strength == 0.4 and not request.warnings
-    assert request.image.pixels.size == (512, 768)
+    assert request.image.size == (512, 768)
     request = seams.parse({"parameters": recipe_of(**{"Hires upscale": 2, "Image SHA256": "12ab"}), "image": WHOLE})
     assert request.hires is None and request.strength == 0.75
     assert "Hires" in request.warnings[0] and "12ab" in request.warnings[1]
@@ -745,7 +744,7 @@ def test_a_picture_is_fetched_from_the_checked_address_by_its_name(server):
     assert f"\r\nHost: {HOST}\r\n" in server.requests[0] and "uthorization" not in server.requests[0]
     server.names[HOST] = [[PUBLIC]]
     request = seams.parse({"prompt": "x", "width": 256, "height": 256, "image": f"https://{HOST}:8443/a%20b.png?x=1"})
-    assert request.image.sha256 == hashlib.sha256(LONG).hexdigest()
+    assert request.image.info["sha256"] == hashlib.sha256(LONG).hexdigest()
     assert server.connected[-1] == (PUBLIC, 8443) and f"\r\nHost: {HOST}:8443\r\n" in server.requests[1]
 
 
