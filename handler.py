@@ -3607,7 +3607,7 @@ def read_picture(text: str, name: str) -> Image.Image:
         raise InvalidInput(
             f"{name} must be a whole PNG, JPEG or WebP picture {limits}: it is another file, or damaged or cut off"
         ) from None
-    image.info["sha256"] = hashlib.sha256(data).hexdigest()
+    image.info = {"sha256": hashlib.sha256(data).hexdigest()}  # alone: the file's profile is not the drawn picture's
     return image
 
 

@@ -29,7 +29,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from kdiffusion import Network, error
-from PIL import Image
+from PIL import Image, ImageCms
 
 import handler
 
@@ -438,12 +438,14 @@ def test_inpainting_leaves_what_is_outside_bit_for_bit(pipe):
     image of a batch is its own. The recipe gives the same pixels with the same files beside it."""
     image, mask = scene(250, 260), Image.new("L", (250, 260))
     mask.paste(255, (0, 0, 100, 260))
-    fields = {"image": text_of(image), "mask": text_of(mask), "mask_blur": 2, "strength": 0.9}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    pictured = text_of(image, icc_profile=profile)
+    fields = {"image": pictured, "mask": text_of(mask), "mask_blur": 2, "strength": 0.9}
     answer = job(**fields, num_images=2)
     first, second = images_of(answer)
     assert answer["metadata"]["strength"] == 0.9
     original, drawn = np.asarray(image.resize((256, 264), Image.Resampling.LANCZOS)), np.asarray(first)
-    assert first.size == (256, 264)
+    assert first.size == (256, 264) and set(first.info) == {"parameters"}  # nothing of the picture's own
     assert (drawn[:, 112:] == original[:, 112:]).all()
     assert (drawn[:, :95] != original[:, :95]).any(-1).mean() > 0.9
     assert (drawn[:, :95] != np.asarray(second)[:, :95]).any(-1).mean() > 0.5
