@@ -1675,8 +1675,7 @@ def scale_float8(pipe: Any, checkpoint: Path) -> None:
         scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
     if not scales:
         return
-    names = {name: original for name, original in ldm_names(pipe.unet).items() if not name.endswith(".bias")}
-    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in names.items()}
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
     layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
     for name, scale in scales.items():
         layer = layers.get(name.removesuffix(".scale_weight"))
@@ -1886,22 +1885,21 @@ def low_rank(parts: Mapping[str, Any]) -> Any:
 
 def hadamard(parts: Mapping[str, Any]) -> Any:
     """LoHa: two products, multiplied number by number."""
-    first = product(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
-    return first * product(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+    return matrix(parts, "hada_w1") * matrix(parts, "hada_w2")
 
 
 def kronecker(parts: Mapping[str, Any]) -> Any:
     """LoKr: the Kronecker product of two matrices, each whole or factored; a convolution's kernel is the second's."""
-    w1 = parts["lokr_w1"] if "lokr_w1" in parts else product(parts["lokr_w1_a"], parts["lokr_w1_b"])
-    if "lokr_w2" in parts:
-        w2 = parts["lokr_w2"]
-    else:
-        w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    w1, w2 = matrix(parts, "lokr_w1"), matrix(parts, "lokr_w2")
     return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
 
 
-def product(a: Any, b: Any, core: Any = None) -> Any:
-    """a (rows, rank) times b (rank, columns); with a Tucker core (rank, rank, kernel, kernel) a is (rank, rows)."""
+def matrix(parts: Mapping[str, Any], name: str) -> Any:
+    """The part of this name, or its factors' product: a (rows, rank) times b (rank, columns); with a Tucker core
+    (rank, rank, kernel, kernel) a is (rank, rows)."""
+    if name in parts:
+        return parts[name]
+    a, b, core = parts[f"{name}_a"], parts[f"{name}_b"], parts.get(name.replace("w", "t"))
     return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
 
 
@@ -1978,7 +1976,7 @@ def ldm_names(unet: Any) -> dict[str, str]:
     names += [f"middle_block.2.{layer}" for layer in resnet] + [f"{block}.2.conv" for block in blocks]
     tensors = {f"model.diffusion_model.{name}.{end}": name for name in names for end in ("weight", "bias")}
     converted = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(tensors, unet.config)
-    return {name.removesuffix(".weight"): original for name, original in converted.items()}
+    return {name.removesuffix(".weight"): old for name, old in converted.items() if name.endswith(".weight")}
 
 
 def layer_spellings(pipe: Any) -> dict[str, str]:
