@@ -2196,23 +2196,15 @@ class LoraStack:
         self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
         self.applied: dict[str, float] = {}
-        self.configured: set[str] = set()
+        self.configured = set(files)
         self.loras: dict[str, Lora] = {}  # the least recently applied first; the configured ones' shares are in targets
         self.targets: dict[str, Target] = {}
         for adapter, file in files.items():
             try:
-                lora = self.read(file)
+                self.add(adapter, read_lora(file, self.spellings, pipe))
             except BadModel as reason:
                 self.failed[adapter] = str(reason)
                 log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-                continue
-            self.configured.add(adapter)
-            self.add(adapter, lora)
-
-    def read(self, file: Path) -> Lora:
-        """What a file holds, for add(). Changes nothing, and may run while another thread has the GPU's turn. Raises
-        BadModel."""
-        return read_lora(file, self.spellings, self.pipe)
 
     def add(self, adapter: str, lora: Lora) -> None:
         """Takes in what was read of a LoRA; a job's numbers stay in host memory. Like apply() only within the GPU's
@@ -2228,14 +2220,6 @@ class LoraStack:
                 self.targets[name] = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
             self.targets[name].shares[adapter] = share
 
-    def drop(self, adapter: str) -> None:
-        """Forgets a job's LoRA that is not applied, and the originals that were kept for it alone."""
-        del self.loras[adapter]
-        for name, target in list(self.targets.items()):
-            target.shares.pop(adapter, None)
-            if not target.shares:
-                del self.targets[name]
-
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
 
@@ -2245,8 +2229,8 @@ class LoraStack:
         wanted = {name: scale for name, scale in scales.items() if scale and name not in self.failed}
         if wanted == self.applied:
             return False
-        if unknown := wanted.keys() - self.loras.keys():
-            raise KeyError(*unknown)
+        for name in wanted:
+            self.loras[name] = self.loras.pop(name)
         changed = {name for name in self.loras if wanted.get(name) != self.applied.get(name)}
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
@@ -2257,11 +2241,12 @@ class LoraStack:
                 if not changed.isdisjoint(target.shares):
                     merge(target, wanted, device)
         self.applied = wanted
-        for name in wanted:
-            self.loras[name] = self.loras.pop(name)
         for name in [name for name in self.loras if name not in self.configured | wanted.keys()]:
             if sum(lora.size_bytes for lora in self.loras.values()) > JOB_LORAS_BYTES:
-                self.drop(name)
+                del self.loras[name]
+                for target in self.targets.values():
+                    target.shares.pop(name, None)
+        self.targets = {name: target for name, target in self.targets.items() if target.shares}
         return True
 
     def settle(self) -> None:
@@ -4854,7 +4839,7 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
             path = engine.store.fetch_for_job(config, folders[kind])
             try:
                 if kind == "loras":
-                    lora = engine.stack.loras.get(item.name) or engine.stack.read(path)
+                    lora = engine.stack.loras.get(item.name) or read_lora(path, engine.stack.spellings, engine.pipe)
                     addnet_hash(path)  # for the recipe, while the file is there
                     return item.name, path, lora
                 name = item.name or listed_name(path) or config["name"]
