@@ -1654,11 +1654,10 @@ def keep_host_weights(model: Any) -> None:
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         target = str(args[0]) if args else ""
-        home = list(held) if target == "cpu" else []
         with torch.inference_mode(False):  # or the weights could not be written to afterwards
-            for module, name, weight, data in home:
-                weight.data, module._parameters[name] = data, weight
-            if home:
+            if target == "cpu":
+                for module, name, weight, data in held:
+                    weight.data, module._parameters[name] = data, weight
                 held.clear()
             elif target.startswith("cuda") and not held and self.device.type == "cpu":
                 for module in self.modules():
@@ -1732,8 +1731,7 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
 
 def encode(pipe: Any, images: list[Any]) -> Any:
     """n PIL images of one size -> float32 latents (n, 4, h/8, w/8). Raises GenerationFailed where they stay NaN."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (n, h, w, 3)
-    pixels = pixels.to(pipe._execution_device).permute(0, 3, 1, 2).float() / 255
+    pixels = pipe.image_processor.preprocess(images).to(pipe._execution_device)
     return through_vae(pipe, "encoding", encode_pixels, pixels, pixels[0, 0].numel(), has_nan)
 
 
@@ -1784,8 +1782,8 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
 
 
 def encode_pixels(pipe: Any, pixels: Any) -> Any:
-    """Float32 pixels (n, 3, h, w) in 0..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
-    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode()
+    """Float32 pixels (n, 3, h, w) in -1..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
+    coded = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
     return coded.float() * pipe.vae.config.scaling_factor
 
 
@@ -2150,12 +2148,10 @@ class Target:
             self.original = tensor.clone()
         elif tensor.device.type == "cuda":
             self.original = self.original.cpu()  # no copy where it still is a page of the checkpoint file
+        elif tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
+            self.original = tensor.half()  # exact: float32 pipelines too come from float16 files
         else:
-            half = tensor.half()
-            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
-                self.original = half  # exact: float32 pipelines too come from float16 files
-            else:
-                getattr(self.module, self.name).data = tensor.clone()
+            getattr(self.module, self.name).data = tensor.clone()
         self.apart = True
 
 
