@@ -1628,11 +1628,10 @@ def keep_host_weights(model: Any) -> None:
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         target = str(args[0]) if args else ""
-        home = list(held) if target == "cpu" else []
         with torch.inference_mode(False):  # or the weights could not be written to afterwards
-            for module, name, weight, data in home:
-                weight.data, module._parameters[name] = data, weight
-            if home:
+            if target == "cpu":
+                for module, name, weight, data in held:
+                    weight.data, module._parameters[name] = data, weight
                 held.clear()
             elif target.startswith("cuda") and not held and self.device.type == "cpu":
                 for module in self.modules():
@@ -1649,8 +1648,7 @@ def scale_float8(pipe: Any, checkpoint: Path) -> None:
         scales = {name: file.get_tensor(name) for name in file.keys() if name.endswith(".scale_weight")}  # noqa: SIM118
     if not scales:
         return
-    names = {name: original for name, original in ldm_names(pipe.unet).items() if not name.endswith(".bias")}
-    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in names.items()}
+    layers = {f"{UNET_KEY}{original}": f"unet.{name}" for name, original in ldm_names(pipe.unet).items()}
     layers |= {f"{TEXT_ENCODER_KEYS[0]}{name}": f"text_encoder.{name}" for name, _ in pipe.text_encoder.named_modules()}
     for name, scale in scales.items():
         layer = layers.get(name.removesuffix(".scale_weight"))
@@ -1707,8 +1705,7 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
 
 def encode(pipe: Any, images: list[Any]) -> Any:
     """n PIL images of one size -> float32 latents (n, 4, h/8, w/8). Raises GenerationFailed where they stay NaN."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (n, h, w, 3)
-    pixels = pixels.to(pipe._execution_device).permute(0, 3, 1, 2).float() / 255
+    pixels = pipe.image_processor.preprocess(images).to(pipe._execution_device)
     return through_vae(pipe, "encoding", encode_pixels, pixels, pixels[0, 0].numel(), has_nan)
 
 
@@ -1759,8 +1756,8 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
 
 
 def encode_pixels(pipe: Any, pixels: Any) -> Any:
-    """Float32 pixels (n, 3, h, w) in 0..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
-    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode()
+    """Float32 pixels (n, 3, h, w) in -1..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
+    coded = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
     return coded.float() * pipe.vae.config.scaling_factor
 
 
@@ -1860,22 +1857,21 @@ def low_rank(parts: Mapping[str, Any]) -> Any:
 
 def hadamard(parts: Mapping[str, Any]) -> Any:
     """LoHa: two products, multiplied number by number."""
-    first = product(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
-    return first * product(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+    return matrix(parts, "hada_w1") * matrix(parts, "hada_w2")
 
 
 def kronecker(parts: Mapping[str, Any]) -> Any:
     """LoKr: the Kronecker product of two matrices, each whole or factored; a convolution's kernel is the second's."""
-    w1 = parts["lokr_w1"] if "lokr_w1" in parts else product(parts["lokr_w1_a"], parts["lokr_w1_b"])
-    if "lokr_w2" in parts:
-        w2 = parts["lokr_w2"]
-    else:
-        w2 = product(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    w1, w2 = matrix(parts, "lokr_w1"), matrix(parts, "lokr_w2")
     return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())  # it fails on other layouts
 
 
-def product(a: Any, b: Any, core: Any = None) -> Any:
-    """a (rows, rank) times b (rank, columns); with a Tucker core (rank, rank, kernel, kernel) a is (rank, rows)."""
+def matrix(parts: Mapping[str, Any], name: str) -> Any:
+    """The part of this name, or its factors' product: a (rows, rank) times b (rank, columns); with a Tucker core
+    (rank, rank, kernel, kernel) a is (rank, rows)."""
+    if name in parts:
+        return parts[name]
+    a, b, core = parts[f"{name}_a"], parts[f"{name}_b"], parts.get(name.replace("w", "t"))
     return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
 
 
@@ -1952,7 +1948,7 @@ def ldm_names(unet: Any) -> dict[str, str]:
     names += [f"middle_block.2.{layer}" for layer in resnet] + [f"{block}.2.conv" for block in blocks]
     tensors = {f"model.diffusion_model.{name}.{end}": name for name in names for end in ("weight", "bias")}
     converted = diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint(tensors, unet.config)
-    return {name.removesuffix(".weight"): original for name, original in converted.items()}
+    return {name.removesuffix(".weight"): old for name, old in converted.items() if name.endswith(".weight")}
 
 
 def layer_spellings(pipe: Any) -> dict[str, str]:
@@ -2126,12 +2122,10 @@ class Target:
             self.original = tensor.clone()
         elif tensor.device.type == "cuda":
             self.original = self.original.cpu()  # no copy where it still is a page of the checkpoint file
+        elif tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
+            self.original = tensor.half()  # exact: float32 pipelines too come from float16 files
         else:
-            half = tensor.half()
-            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor):
-                self.original = half  # exact: float32 pipelines too come from float16 files
-            else:
-                getattr(self.module, self.name).data = tensor.clone()
+            getattr(self.module, self.name).data = tensor.clone()
         self.apart = True
 
 
@@ -2172,23 +2166,15 @@ class LoraStack:
         self.pipe, self.spellings = pipe, layer_spellings(pipe)
         self.failed: dict[str, str] = {}
         self.applied: dict[str, float] = {}
-        self.configured: set[str] = set()
+        self.configured = set(files)
         self.loras: dict[str, Lora] = {}  # the least recently applied first; the configured ones' shares are in targets
         self.targets: dict[str, Target] = {}
         for adapter, file in files.items():
             try:
-                lora = self.read(file)
+                self.add(adapter, read_lora(file, self.spellings, pipe))
             except BadModel as reason:
                 self.failed[adapter] = str(reason)
                 log.warning("LoRA %s is left out: %s (%s, %r)", adapter, reason, file, reason.__cause__)
-                continue
-            self.configured.add(adapter)
-            self.add(adapter, lora)
-
-    def read(self, file: Path) -> Lora:
-        """What a file holds, for add(). Changes nothing, and may run while another thread has the GPU's turn. Raises
-        BadModel."""
-        return read_lora(file, self.spellings, self.pipe)
 
     def add(self, adapter: str, lora: Lora) -> None:
         """Takes in what was read of a LoRA; a job's numbers stay in host memory. Like apply() only within the GPU's
@@ -2204,14 +2190,6 @@ class LoraStack:
                 self.targets[name] = Target(attrgetter(layer)(self.pipe), end, attrgetter(name)(self.pipe).detach())
             self.targets[name].shares[adapter] = share
 
-    def drop(self, adapter: str) -> None:
-        """Forgets a job's LoRA that is not applied, and the originals that were kept for it alone."""
-        del self.loras[adapter]
-        for name, target in list(self.targets.items()):
-            target.shares.pop(adapter, None)
-            if not target.shares:
-                del self.targets[name]
-
     def apply(self, scales: Mapping[str, float]) -> bool:
         """Puts exactly this combination in force, adapter name -> scale; False where it was in force already.
 
@@ -2221,8 +2199,8 @@ class LoraStack:
         wanted = {name: scale for name, scale in scales.items() if scale and name not in self.failed}
         if wanted == self.applied:
             return False
-        if unknown := wanted.keys() - self.loras.keys():
-            raise KeyError(*unknown)
+        for name in wanted:
+            self.loras[name] = self.loras.pop(name)
         changed = {name for name in self.loras if wanted.get(name) != self.applied.get(name)}
         device = self.pipe._execution_device  # the GPU, also where offloading keeps the weights in host memory
         with torch.inference_mode(False), torch.no_grad():
@@ -2233,11 +2211,12 @@ class LoraStack:
                 if not changed.isdisjoint(target.shares):
                     merge(target, wanted, device)
         self.applied = wanted
-        for name in wanted:
-            self.loras[name] = self.loras.pop(name)
         for name in [name for name in self.loras if name not in self.configured | wanted.keys()]:
             if sum(lora.size_bytes for lora in self.loras.values()) > JOB_LORAS_BYTES:
-                self.drop(name)
+                del self.loras[name]
+                for target in self.targets.values():
+                    target.shares.pop(name, None)
+        self.targets = {name: target for name, target in self.targets.items() if target.shares}
         return True
 
     def settle(self) -> None:
@@ -4766,7 +4745,7 @@ def fetch_job_models(engine: Engine, request: JobRequest, timings: Timings, obse
             path = engine.store.fetch_for_job(config, folders[kind])
             try:
                 if kind == "loras":
-                    lora = engine.stack.loras.get(item.name) or engine.stack.read(path)
+                    lora = engine.stack.loras.get(item.name) or read_lora(path, engine.stack.spellings, engine.pipe)
                     addnet_hash(path)  # for the recipe, while the file is there
                     return item.name, path, lora
                 name = item.name or listed_name(path) or config["name"]
