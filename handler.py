@@ -1705,7 +1705,8 @@ def decode(pipe: Any, latents: Any) -> list[Any]:
 
 def encode(pipe: Any, images: list[Any]) -> Any:
     """n PIL images of one size -> float32 latents (n, 4, h/8, w/8). Raises GenerationFailed where they stay NaN."""
-    pixels = pipe.image_processor.preprocess(images).to(pipe._execution_device)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (n, h, w, 3), a byte a number
+    pixels = pixels.to(pipe._execution_device).permute(0, 3, 1, 2).float() / 255
     return through_vae(pipe, "encoding", encode_pixels, pixels, pixels[0, 0].numel(), has_nan)
 
 
@@ -1756,8 +1757,8 @@ def decode_pixels(pipe: Any, latents: Any) -> Any:
 
 
 def encode_pixels(pipe: Any, pixels: Any) -> Any:
-    """Float32 pixels (n, 3, h, w) in -1..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
-    coded = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
+    """Float32 pixels (n, 3, h, w) in 0..1 -> float32 latents, the mode of the VAE's posterior: no draw of its own."""
+    coded = pipe.vae.encode((pixels * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode()
     return coded.float() * pipe.vae.config.scaling_factor
 
 
@@ -2292,7 +2293,12 @@ class Embedding:
     digest: str  # of the vectors
 
 
-Vector = tuple[Embedding, int]  # one of an embedding's vectors, in the place of a token
+@dataclass(frozen=True)
+class Vector:
+    """One of an embedding's vectors, in the place of a token."""
+
+    embedding: Embedding
+    index: int
 
 
 def read_embedding(name: str, source: Path | Mapping[str, Any], pipe: Any) -> Embedding:
@@ -2444,7 +2450,7 @@ class Tokenizer:
             found: Tokens = tuple([] for _ in self.tokenizers)
             for part in MARK.split(text):
                 embedding = self.marks.get(part)
-                vectors = [(embedding, index) for index in range(len(embedding.clip_l))] if embedding else None
+                vectors = [Vector(embedding, index) for index in range(len(embedding.clip_l))] if embedding else None
                 for row, tokenizer in zip(found, self.tokenizers, strict=True):
                     tokens = vectors or tokenizer.tokenize(part)
                     row += [t for token in tokens for t in self.words.get(token, [token])]
@@ -2585,12 +2591,12 @@ def put_vectors(part: str, windows: list[tuple[int | Vector, ...]]) -> Callable[
     """A forward hook by which a text encoder's embedding layer gives a batch's vectors, whatever ids stand in their
     places: CLIPTextModel takes ids alone. part: which of an embedding's tensors are for this encoder."""
     tokens = [(row, position, token) for row, window in enumerate(windows) for position, token in enumerate(window)]
-    places = {(row, position): token for row, position, token in tokens if isinstance(token, tuple)}
+    places = {(row, position): token for row, position, token in tokens if isinstance(token, Vector)}
 
     def put(_module: Any, _ids: Any, embedded: Any) -> Any:  # (n, 77, D)
         if not places:
             return embedded
-        vectors = torch.stack([getattr(embedding, part)[index] for embedding, index in places.values()])
+        vectors = torch.stack([getattr(token.embedding, part)[token.index] for token in places.values()])
         return embedded.index_put(tuple(torch.tensor([*places], device=embedded.device).T), vectors.to(embedded))
 
     return put
@@ -2611,7 +2617,7 @@ def encode_chunks(pipe: Any, chunks: list[list[Piece]], clip_skip: int, emphasis
         windows, weights = [], torch.ones(len(chunks), WINDOW, 1)  # BOS, EOS and padding weigh 1
         for i, chunk in enumerate(chunks):
             tokens = [token for piece in chunk for token in piece.tokens[k]][:CHUNK_TOKENS]
-            while tokens and isinstance(last := tokens[-1], tuple) and last[1] + 1 < len(last[0].clip_l):
+            while tokens and isinstance(last := tokens[-1], Vector) and last.index + 1 < len(last.embedding.clip_l):
                 tokens.pop()  # the window's end is in an embedding, of which a part means something else
             window = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token for token in tokens]
             window = [tokenizer.bos_token_id, *window, tokenizer.eos_token_id]
@@ -3721,10 +3727,11 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
     comes last: its parser takes the JSON up to the first "}]".
     """
     sampling, checkpoint = request.scheduler, models[0]
-    hashes: dict[str, list[str]] = {"checkpoint": [], "lora": [], "embed": []}  # as A1111 writes "Detail_v1: a1b2c3d4"
-    for model in models:
-        if model.short_hash:
-            hashes[model.kind].append(f"{re.sub('[,:]', '', model.stem)}: {model.short_hash}")
+    named = [(model.kind, re.sub("[,:]", "", model.stem), model.short_hash) for model in models if model.short_hash]
+    hashes = {
+        kind: ", ".join(f"{stem}: {short_hash}" for of_kind, stem, short_hash in named if of_kind == kind)
+        for kind in ("lora", "embed")  # as A1111 writes "Detail_v1: a1b2c3d4"
+    }
     plain = str(sampling) == sampling.name  # which A1111 and this worker read as the sampler alone
     fields = {
         "Steps": request.steps,
@@ -3738,8 +3745,8 @@ def write_recipe(request: JobRequest, seed: int, vae: str, models: list[UsedMode
         "VAE": vae,
         "Clip skip": request.clip_skip,
         "ENSD": request.eta_noise_seed_delta or "",
-        "Lora hashes": ", ".join(hashes["lora"]),
-        "TI hashes": ", ".join(hashes["embed"]),
+        "Lora hashes": hashes["lora"],
+        "TI hashes": hashes["embed"],
         "Emphasis": "No norm" if request.emphasis == "no norm" else "",
         "RNG": "CPU" if request.rng == "cpu" else "",
         **picture_keys(request),
@@ -4115,9 +4122,9 @@ def deliver(
         if options:
             note = f"as {wanted} the answer would be larger than {max_bytes / MB:g} MB: sent as {what}"
             metadata["warnings"] = [*metadata["warnings"], note]
-        complete = answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
-        if len(json.dumps({"output": complete})) + TIMES_BYTES <= max_bytes:
-            return complete
+        images_bytes = sum(-(-len(file) // 3) * 4 + len('"", ') for file in files)
+        if len(json.dumps({"output": answer | {"metadata": metadata}})) + TIMES_BYTES + images_bytes <= max_bytes:
+            return answer | {"images": [base64.b64encode(file).decode() for file in files], "metadata": metadata}
     raise GenerationFailed(
         f"the images do not fit into an answer of {max_bytes / MB:g} MB: ask for fewer or smaller ones, or set a bucket"
     )
@@ -4860,7 +4867,7 @@ def describe(
 POLL_S, LAST_POLL_S = 90, 2  # the SDK's limit of a long poll, RunPod's is less; what is left of an idle one at SIGTERM
 # before the next poll, after a status: 204 is an empty queue, 400 FlashBoot, 429 the rate limit; 0: any other end
 TAKE_PAUSES_S = {204: 0.1, 400: 0.1, 429: 5.0, 0: 1.0}
-STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # and the SDK's, after each
+STOP_PAUSES_S, STOP_PAUSE_S = {204: 0.0, 404: 600.0, 429: 30.0, 0: 5.0}, 1.0  # by status; after each poll, as the SDK
 STOP_LEAD_S = 2.0  # by which a stop may overtake its job; not for long, as a job that is sent again keeps its id
 # A job is asked for so long before its turn. RunPod counts executionTimeout from there, so it is short; but the answer
 # of a job-take, with the pause and the error that may come before, and the reading of a job are to fit into it.

@@ -75,7 +75,7 @@ def test_short_prompts(size, count):
     assert found["background"] >= 0.85 and found["colour"] >= 0.85 and found["shape"] >= 0.6, found
 
 
-def long_pictures(place: str, mode: str, count: int = 4) -> dict[str, float]:
+def long_pictures(place: str, mode: str, count: int = 5) -> dict[str, float]:
     """Shares of what is right where the words that count stand in one of several chunks."""
     rng, wanted = random.Random(place), random_scenes(count, seed=11)
     texts = [" BREAK ".join(blends.long_prompt(rng, s, place)) for s in wanted]
@@ -87,7 +87,7 @@ def test_words_of_any_chunk_are_drawn(place):
     """Blended, the words of the first chunk, of the second and of the third of three are seen, and where one chunk
     names the background and the other the object, both are."""
     found = long_pictures(place, "blend")
-    assert found["colour"] >= 0.75 and found["background"] >= 0.75, found
+    assert found["colour"] >= 0.8 and found["background"] >= 0.8, found
 
 
 def test_words_behind_the_first_chunk_are_lost_where_it_is_truncated():
@@ -101,22 +101,22 @@ def test_words_behind_the_first_chunk_are_lost_where_it_is_truncated():
 
 def test_concatenated_prompts_show_their_objects():
     """Concatenated, the object of the second chunk is seen."""
-    assert long_pictures("2 of 2", "concat")["colour"] >= 0.75
+    assert long_pictures("2 of 2", "concat")["colour"] >= 0.8
 
 
 def test_negative_prompt():
     """A negative prompt takes its colour away: of a circle that is red and green, red is left."""
     said = "a red and green circle on a white background"
-    plain = [share_of(draw(said, seed=seed)[0], "green") for seed in range(2)]
-    without = [share_of(draw(said, negative_prompt="a green circle", seed=seed)[0], "green") for seed in range(2)]
+    plain = [share_of(draw(said, seed=seed)[0], "green") for seed in range(3)]
+    without = [share_of(draw(said, negative_prompt="a green circle", seed=seed)[0], "green") for seed in range(3)]
     assert np.mean(plain) > 0.04 and np.mean(without) < 0.01, (plain, without)
 
 
 def test_weights():
     """A weight of zero takes a word's colour away."""
     said = "a red circle on a {} background"
-    plain = [share_of(draw(said.format("green"), seed=seed)[0], "green") for seed in range(2)]
-    weighed = [share_of(draw(said.format("(green:0)"), seed=seed)[0], "green") for seed in range(2)]
+    plain = [share_of(draw(said.format("green"), seed=seed)[0], "green") for seed in range(3)]
+    weighed = [share_of(draw(said.format("(green:0)"), seed=seed)[0], "green") for seed in range(3)]
     assert min(plain) > 0.5 and np.mean(weighed) < np.mean(plain) / 2, (plain, weighed)
 
 
@@ -124,7 +124,7 @@ def test_lora_at_several_scales():
     """The LoRA draws outlines at 1, and what it draws grows with its scale; the same seed without it is filled."""
     said, filled = "a black square on a yellow background", {}
     for scale in (-1, 0, 1):
-        pictures = [draw(said, loras=[{"name": OUTLINES, "scale": scale}], seed=seed)[0] for seed in range(2)]
+        pictures = [draw(said, loras=[{"name": OUTLINES, "scale": scale}], seed=seed)[0] for seed in range(3)]
         filled[scale] = np.mean([share_of(picture, "black") for picture in pictures])
     assert filled[1] < 0.75 * filled[0] and filled[-1] > filled[1], filled
 
